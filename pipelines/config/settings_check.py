@@ -8,6 +8,7 @@ A key that does not exist names the nearest one that does.
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -24,6 +25,14 @@ _MOST_SECONDS = 1e8
 _MOST_COUNT = 2**53
 _MOST_FLOAT = 3.4e38  # of float32
 _EXTREMES = {"seed": 2**63 - 1}
+
+# Named by diffusers beside `ulysses_degree`, so that users look for it here.
+_RING = re.compile(r"ring(_|$)")
+_NO_RING = (
+    "ring attention is not offered, as diffusers has it for kernels of GPUs alone and nothing here "
+    "could show that it is right; compute.ulysses of a role shares each sample "
+    "between ranks (docs/memory.md)"
+)
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -234,6 +243,10 @@ def _problems(
         case "union_tag_invalid":
             found, expected = (detail.get("ctx", {})[name] for name in ("tag", "expected_tags"))
             return [f"{key}.method is {json.dumps(found)}, expected one of {expected}"]
+        case "extra_forbidden" | "unexpected_keyword_argument" if asked := _ring_key(
+            key, detail["input"]
+        ):
+            return [f"{asked} is not a setting: {_NO_RING}"]
         case "extra_forbidden" | "unexpected_keyword_argument":
             nearest = nearest_key(key, known)
             hint = f"; the nearest one is {nearest}" if nearest else ""
@@ -248,6 +261,14 @@ def _problems(
             found = shortened(json.dumps(detail["input"], ensure_ascii=False))
             said = detail["msg"].removeprefix("Input should be ")
             return [f"{key} is {found}, expected {_EXPECTED.get(kind, said)}"]
+
+
+def _ring_key(key: str, value: object) -> str | None:
+    """The key that asks for ring attention, in the section of a role or in one without a role."""
+    if key == "compute" and isinstance(value, Mapping):
+        return next((f"{key}.{name}" for name in value if _RING.match(str(name))), None)
+    section, _, name = key.rpartition(".")
+    return key if section.endswith("compute") and _RING.match(name) else None
 
 
 def _own_check(key: str, error: ValueError) -> list[str]:

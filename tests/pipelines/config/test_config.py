@@ -128,6 +128,15 @@ class TestOverrides:
         assert "seed is the value 0" in refusal("seed.x=1")
 
     @pytest.mark.parametrize(
+        "key", ["generator.compute.ring", "teacher.compute.ring_degree", "compute.ring"]
+    )
+    def test_ring_attention_is_said_not_to_be_offered_with_what_is(self, key):
+        found = refusal(f"{key}=2")
+        assert f"{key} is not a setting: ring attention is not offered" in found
+        assert "compute.ulysses of a role" in found
+        assert "ring attention" not in refusal("generator.compute.rung=2")
+
+    @pytest.mark.parametrize(
         ("unknown", "nearest"),
         [
             ("objective.lambda_n", "objective.lambda_nr"),
