@@ -1,11 +1,20 @@
-"""Seconds of one iteration of each method, in turns, next to what counting passes foretells.
+r"""Seconds of one iteration of each method, in turns, next to what counting passes foretells.
 
-    python benchmarks/cost_per_iteration.py --output cost.json
+    python benchmarks/cost_per_iteration.py --output cost.json            # the study of `tiny`
+    python benchmarks/cost_per_iteration.py --methods --output cost.json  # every method
 
-Every method of the recipe's study is opened in one process without Ray, and they take turns, one
-iteration each, so that a machine whose speed drifts slows all. Ratios are taken turn by turn, to
-the first method. Iterations differ in where their rollouts leave, so that each turn's seconds are
-set against the passes of that very iteration, as well as against the mean.
+Every method is opened in one process without Ray, and they take turns, one iteration each, so that
+a machine whose speed drifts slows all. Ratios are taken turn by turn, to the first method.
+Iterations differ in where their rollouts leave, so that each turn's seconds are set against the
+passes of that very iteration, as well as against the mean.
+
+`--methods` takes the recipes that ship for single methods, and needs what they name:
+
+    sgmd experts assets/tiny-wan models/tiny-experts --boundary 0.825
+    sgmd transition assets/tiny-wan models/tiny-flow --layers 1 --steps 2
+    sgmd shapes data/shapes
+    sgmd encode data/shapes/train data/shapes-encoded --model assets/tiny-wan --num-frames 13 \
+        --height 32 --width 32 --fps 8 --text-length 16
 """
 
 import argparse
@@ -13,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +30,7 @@ from typing import Any
 from documents import write_document
 
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.data.shards.schema import LATENTS
 from pipelines.data.stream.batch import BatchFeed
 from pipelines.data.stream.feed import FeedProgress
 from pipelines.distillation.groups import Groups, open_groups
@@ -36,10 +46,45 @@ from pipelines.planning.passes import (
     units_by_role,
 )
 from pipelines.run.folder import RunFolder
+from pipelines.stages.algorithm import needs_data
 from pipelines.study.plan import plan_study
 from workers.text_encoder import TextEncoder
 
 _TIMEOUT_S = 60.0
+
+METHODS: dict[str, tuple[str, list[str]]] = {
+    "sgmd": ("tiny", []),
+    "sgmd-fresh": ("tiny", ["fake_score.tracking=fresh"]),
+    "tsg_fisher": ("tiny", ["objective.method=tsg_fisher", "fake_score.tracking=fresh"]),
+    "tsg_sim": ("tiny", ["objective.method=tsg_sim"]),
+    "dmd": ("tiny", ["objective.method=dmd", "fake_score.tracking=fresh"]),
+    "dmd2": ("tiny", ["objective.method=dmd2", "fake_score.tracking=fresh"]),
+    "dmd2-gan": ("tiny-gan", []),
+    "pdmd": ("tiny-pdmd", []),
+    "cdm": ("tiny-cdm", []),
+    "cdm-on-trajectory": ("tiny-cdm", ["objective.off_trajectory=0"]),
+    "phased_dmd-high": ("tiny-phased", []),
+    "phased_dmd-low": ("tiny-phased", ["objective.high_iterations=1"]),
+    "sid": ("tiny", ["objective.method=sid", "fake_score.tracking=fresh"]),
+    "adm": ("tiny-adm", []),
+    "adm-fresh": ("tiny-adm", ["fake_score.tracking=fresh"]),
+    "rcm": ("tiny-rcm", ["objective.consistency.warmup=0"]),
+    "scm": ("tiny-rcm", ["objective.matching_weight=0", "objective.fake_updates=1"]),
+    "tmd-meanflow": (
+        "tiny-tmd",
+        ["objective.stage=meanflow", "objective.fake_updates=1", "data.train=data/shapes-encoded"],
+    ),
+    "tmd": ("tiny-tmd", []),
+    "tmd-gan": (
+        "tiny-tmd",
+        [
+            "objective.adversary={weight: 0.03, loss: softplus}",
+            "discriminator={layers: [2, 4], width: 64, num_strides: 1}",
+            "data.train=data/shapes-encoded",
+        ],
+    ),
+}
+"""Recipe and settings of each method's iteration."""
 
 
 class Stand:
@@ -53,12 +98,25 @@ class Stand:
             config,
             roles.text.call_rank(0, TextEncoder.encode_negative, config.model.negative_prompt),
         )
+        has_data = needs_data(self._plan.program)
+        columns = [(LATENTS,) if has_data and not place else () for place in range(self._count)]
         taken = [
-            groups.feed.call_rank(0, BatchFeed.take, config.batch.size)
-            for _ in range(self._plan.batches_per_iteration)
+            groups.feed.call_rank(0, BatchFeed.take, config.batch.size, wanted)
+            for wanted in columns
         ]
-        batches = groups.feed.fetch(taken, _TIMEOUT_S, "taking captions")
-        self._prompts = [PromptBatch(batch.captions) for batch in batches]
+        self._prompts = [
+            PromptBatch(
+                batch.captions,
+                data=groups.feed.call_rank(0, BatchFeed.data, batch.number) if wanted else None,
+            )
+            for batch, wanted in zip(
+                groups.feed.fetch(taken, _TIMEOUT_S, "taking captions"), columns, strict=True
+            )
+        ]
+
+    @property
+    def _count(self) -> int:
+        return self._plan.batches_per_iteration
 
     def run(self, iteration: int) -> dict[str, float]:
         """Wall and CPU seconds of one iteration, and busy seconds by `role.stage`."""
@@ -66,33 +124,46 @@ class Stand:
         wall, cpu = time.perf_counter(), time.process_time()
         iterate(roles, self._plan, iteration, self._prompts)
         found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        for group in (roles.generator, roles.teacher, roles.fake_score, roles.text):
+        for group in (*roles.scheduled.values(), roles.text):
             found |= {f"{group.name}.{stage}": s for stage, s in group.timings().items()}
         return found
 
 
-def measure(recipe: str, overrides: Sequence[str], turns: int, warmup: int) -> dict[str, Any]:
+def planned_configs(recipe: str, overrides: Sequence[str]) -> dict[str, DistillConfig]:
+    """Settings of each variant of a recipe's study."""
+    plan = plan_study(load_recipe(recipe, overrides))
+    return {each.variant: each.config for each in plan.runs[: len(plan.variants)]}
+
+
+def method_configs(overrides: Sequence[str], names: Sequence[str]) -> dict[str, DistillConfig]:
+    """Settings of the methods, by name; of all of them where none is named."""
+    return {
+        name: load_recipe(recipe, ["topology.mode=local", *settings, *overrides])
+        for name, (recipe, settings) in METHODS.items()
+        if not names or name in names
+    }
+
+
+def measure(configs: Mapping[str, DistillConfig], turns: int, warmup: int) -> dict[str, Any]:
     """Medians of every method, and ratios to the first one, turn by turn."""
-    config = load_recipe(recipe, overrides)
-    plan = plan_study(config)
-    runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in plan.variants}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in configs}
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
         stands: dict[str, Stand] = {}
-        for planned in plan.runs[: len(plan.variants)]:
-            folder, own = RunFolder(Path(scratch) / planned.variant), planned.config
+        for name, own in configs.items():
+            folder = RunFolder(Path(scratch) / name)
             rows = own.batch.size * (1 + own.fresh_updates)
             groups = open_groups(own, run_preflight(own), folder, FeedProgress(), rows)
-            stands[planned.variant] = Stand(own, stack.enter_context(groups))
+            stands[name] = Stand(own, stack.enter_context(groups))
         for turn in range(warmup + turns):
-            for variant, stand in stands.items():
+            for name, stand in stands.items():
                 found = stand.run(turn)
                 if turn >= warmup:
-                    runs[variant].append(found)
+                    runs[name].append(found)
             print(f"turn {turn + 1} of {warmup + turns}", file=sys.stderr)
         base = next(iter(stands))
         return {
-            variant: _summary(runs[variant], runs[base], stand.config, stands[base].config, warmup)
-            for variant, stand in stands.items()
+            name: _summary(runs[name], runs[base], stand.config, stands[base].config, warmup)
+            for name, stand in stands.items()
         }
 
 
@@ -124,6 +195,7 @@ def _summary(
         "cpu_s_per_unit": statistics.median(
             run["cpu"] / count for run, count in zip(own, made, strict=True)
         ),
+        "units_made": statistics.fmean(made),
         "busy_s_by_role": dict(sorted(by_role.items())),
         "busy_s_by_stage": dict(sorted(by_stage.items())),
     }
@@ -141,17 +213,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the recipe")
     parser.add_argument("--recipe", default="tiny", help="its study names the methods")
+    parser.add_argument(
+        "--methods", nargs="*", metavar="NAME", help=f"of {', '.join(METHODS)}; alone: all of them"
+    )
     parser.add_argument("--turns", type=int, default=11, help="counted ones")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--output", type=Path, help="file for the JSON; standard output without")
     arguments = parser.parse_args()
+    configs = (
+        planned_configs(arguments.recipe, arguments.overrides)
+        if arguments.methods is None
+        else method_configs(arguments.overrides, arguments.methods)
+    )
     measured = {
         "recipe": arguments.recipe,
         "overrides": arguments.overrides,
         "turns": arguments.turns,
-        "results": measure(
-            arguments.recipe, arguments.overrides, arguments.turns, arguments.warmup
-        ),
+        "results": measure(configs, arguments.turns, arguments.warmup),
     }
     write_document("cost_per_iteration", measured, arguments.output)
 

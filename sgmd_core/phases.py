@@ -130,20 +130,30 @@ class Phases:
             return self.high if iteration < self.high_iterations else self.low
         return (self.high, self.low_above, self.high, self.low)[iteration % 4]
 
-    def mean_length(self, purpose: Purpose, iterations: int) -> float:
+    def high_share(self, iterations: int) -> float:
+        """Share of a run's iterations that are of the high phase, which has the first step.
+
+        Args:
+            iterations: Length of the run.
+        """
+        if self.high is self.low:
+            return float(not self.high.first_exit)
+        return 0.5 if self.order == "alternate" else min(1.0, self.high_iterations / iterations)
+
+    def mean_length(self, purpose: Purpose, iterations: int, first_exit: int = 0) -> float:
         """Mean passes of a rollout over a run.
 
         Args:
             purpose: Whose samples it makes.
             iterations: Length of the run.
+            first_exit: First step that any rollout may leave at.
         """
-        share = 0.5
-        if self.order == "sequential":
-            share = min(1.0, self.high_iterations / iterations)
-        lengths = [
-            (phase.first_exit_for(purpose) + 1 + phase.end) / 2 for phase in (self.high, self.low)
-        ]
-        return share * lengths[0] + (1 - share) * lengths[1]
+        share = self.high_share(iterations)
+        high, low = (
+            (max(first_exit, phase.first_exit_for(purpose)) + 1 + phase.end) / 2
+            for phase in (self.high, self.low)
+        )
+        return share * high + (1 - share) * low
 
 
 def expert_phases(

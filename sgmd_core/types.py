@@ -329,7 +329,8 @@ class DiversityStart(SampleRecord):
         key: The micro-batch.
         noise: Initial noise of its samples.
         text: Their captions.
-        grid: Falling noise levels of the teacher's steps, from 1 to that of the anchor.
+        grid: Falling noise levels of the teacher's steps, from 1 to that of the anchor; 1 alone in
+            an iteration that leaves the first step as it is.
     """
 
     SHARED: ClassVar[tuple[str, ...]] = ("grid",)
@@ -340,6 +341,11 @@ class DiversityStart(SampleRecord):
     noise: Latents
     text: Text
     grid: Float[Tensor, " steps"]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the teacher's path."""
+        return len(self.grid) - 1
 
     @property
     def numbers(self) -> Mapping[str, Tensor]:

@@ -10,6 +10,7 @@ from abc import abstractmethod
 
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives.diversity import diversity_loss
+from sgmd_core.phases import Phase
 from sgmd_core.types import DiversityStart, DiversityTarget, Draws, MicroBatchKey, TextBatch
 from workers.finite import micro_batch_in_words
 from workers.inner_flow import FlowLearner
@@ -27,6 +28,10 @@ class DiversityLearner(FlowLearner):
     def _place_or_draw(self, key: MicroBatchKey, text: TextBatch, draws: Draws | None) -> Draws:
         """Every random number of a micro-batch, on the device."""
 
+    @abstractmethod
+    def phase(self, iteration: int) -> Phase | None:
+        """The phase of an iteration, where there are phases."""
+
     def start(
         self, key: MicroBatchKey, text: TextBatch, draws: Draws | None = None
     ) -> DiversityStart:
@@ -39,7 +44,9 @@ class DiversityLearner(FlowLearner):
         """
         draws = self._place_or_draw(key, text, draws)
         grid = self._schedule.few_step_grid(self._diversity.teacher_steps)
-        steps = self._diversity.anchor_step
+        phase = self.phase(key.iteration)
+        # A low phase leaves the first step as it is: no steps of the teacher are asked for.
+        steps = 0 if phase is not None and phase.first_exit else self._diversity.anchor_step
         return DiversityStart(key, draws.initial_noise, text.text, grid[: steps + 1])
 
     def diversify(
@@ -64,6 +71,8 @@ class DiversityLearner(FlowLearner):
                 f"a teacher's path for {target.key}",
                 "the path that starts from the same noise",
             )
+        if not start.num_steps:
+            return DiversityReport(metrics={})
         device = device_of(self._network)
         noise = start.noise.to(device)
         sigma = self._schedule.generator_grid(self._num_steps)[0].to(noise).expand(len(noise))

@@ -157,11 +157,13 @@ class ScoreTeacher:
             negative: Embedding of the negative prompt (1, l, d).
 
         Returns:
-            The mean velocity of that path.
+            The mean velocity of that path; 0 where it has no steps, and then nobody reads it.
 
         Raises:
             NonFiniteError: A number that goes in or comes out is not finite.
         """
+        if not start.num_steps:
+            return DiversityTarget(start.key, torch.zeros_like(start.noise))
         device = device_of(self._network)
         noise = start.noise.to(device)
         anchor = euler_sample(

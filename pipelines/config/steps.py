@@ -62,10 +62,10 @@ def _phase_contradictions(
         problems.append(
             f"generator.random_steps has no step at the boundary of {method}; set it to null"
         )
-    if generator.diversity.enabled:
+    if generator.diversity.enabled and phases.high.end == 1:
         problems.append(
-            f"generator.diversity would go on training the first step in the low phase of {method};"
-            " set generator.diversity.weight=0"
+            f"generator.diversity is all that trains the first step, which is the whole high phase "
+            f"of {method} here; set generator.diversity.weight=0, or a lower objective.boundary"
         )
     if schedule.renoise:
         problems.append(

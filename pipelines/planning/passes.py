@@ -15,7 +15,7 @@ from cluster.schedule.program import split_evenly
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import TEACHER
 from pipelines.planning.workload import Workload
-from pipelines.stages.algorithm import SAMPLE, TRACK, StageSpec
+from pipelines.stages.algorithm import ANCHOR, DIVERSIFY, SAMPLE, TRACK, StageSpec
 from pipelines.stages.costs import (
     PassCosts,
     Passes,
@@ -58,7 +58,7 @@ def teacher_shape(config: DistillConfig) -> DenoiserShape:
 
 def expected_passes(config: DistillConfig) -> dict[str, Passes]:
     """Passes of one iteration, rollouts at their mean length."""
-    found, every = _passes(config, *mean_rollouts(config)), config.lag.every
+    found, every = _mean_passes(config), config.lag.every
     if every:
         measured = {name: part.times(1 / every) for name, part in expected_lag(config).items()}
         found = _added(found, measured)
@@ -77,7 +77,7 @@ def lag_share(config: DistillConfig, costs: RoleCosts) -> float:
     if not every:
         return 0.0
     checkpointed = bool(config.fake_score.compute.checkpointing)
-    iteration = _passes(config, *mean_rollouts(config))
+    iteration = _mean_passes(config)
     measured, plain = (
         total_units(table, costs, checkpointed=checkpointed)
         for table in (expected_lag(config), iteration)
@@ -90,7 +90,9 @@ def iteration_passes(config: DistillConfig, iteration: int) -> dict[str, Passes]
     parts, updates = config.batch.num_exit_draws, config.fresh_updates
     rollout = _rollout_length(config, iteration, Purpose.GENERATE, parts)
     sample = _rollout_length(config, iteration, Purpose.TRACK, updates * parts) if updates else 0.0
-    found = _passes(config, rollout, sample)
+    phase = None if config.phases is None else config.phases.at(iteration)
+    follows = 0.0 if phase is not None and phase.first_exit else 1.0
+    found = _passes(config, rollout, sample, follows)
     return _added(found, _lag(config, iteration)) if config.lag.is_due(iteration) else found
 
 
@@ -142,8 +144,24 @@ def role_of(stage: str) -> str:
     return stage.partition(".")[0]
 
 
-def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, Passes]:
-    """Passes of an iteration whose rollouts take this many passes each, on average."""
+def _mean_passes(config: DistillConfig) -> dict[str, Passes]:
+    """Passes of an iteration without measurements, rollouts at their mean length."""
+    phases = config.phases
+    follows = 1.0 if phases is None else phases.high_share(config.iterations)
+    return _passes(config, *mean_rollouts(config), follows)
+
+
+def _passes(
+    config: DistillConfig, rollout: float, sample: float, follows: float
+) -> dict[str, Passes]:
+    """Passes of an iteration.
+
+    Args:
+        config: The run's settings.
+        rollout: Passes of a rollout of the generator's batch, on average.
+        sample: Of a rollout of a tracking batch.
+        follows: Share of such iterations in which a diversity loss has its part.
+    """
     updates = config.fresh_updates
     table = stage_passes(
         path=config.objective.path,
@@ -161,12 +179,8 @@ def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, P
         matching=learns_from_samples(config.objective),
         joint=config.fake_score.walk == "joint",
     )
-    return _named(
-        {
-            stage: passes.times(updates if updates and stage in (SAMPLE, TRACK) else 1)
-            for stage, passes in table.items()
-        }
-    )
+    times = {SAMPLE: updates or 1, TRACK: updates or 1, ANCHOR: follows, DIVERSIFY: follows}
+    return _named({stage: passes.times(times.get(stage, 1)) for stage, passes in table.items()})
 
 
 def _named(table: Mapping[StageSpec, Passes]) -> dict[str, Passes]:

@@ -138,7 +138,7 @@ def mean_rollouts(config: DistillConfig) -> tuple[float, float]:
     generator, phases = config.generator, config.phases
     if phases is not None:
         generate, track = (
-            phases.mean_length(purpose, config.iterations)
+            phases.mean_length(purpose, config.iterations, generator.diversity.first_exit)
             for purpose in (Purpose.GENERATE, Purpose.TRACK)
         )
         return generate, track

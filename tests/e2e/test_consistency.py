@@ -66,12 +66,13 @@ def test_roles_on_ray_make_the_bits_of_one_process_with_noised_data(
 ) -> None:
     settings = [*RCM, f"data.train={data[0]}", "iterations=3"]
     local = make_recipe("name=local", *settings)
-    pools = make_recipe("name=pools", *settings, "topology.mode=pools")
-    for config in (local, pools):
+    placed = [make_recipe(f"name={m}", *settings, f"topology.mode={m}") for m in ("pools", "fused")]
+    for config in (local, *placed):
         distill(config)
     assert_moves(moments(local, 3), {key: 0 * value for key, value in moments(local, 3).items()})
-    assert history(pools) == history(local)
-    assert state(pools, 3) == state(local, 3)
+    for config in placed:
+        assert history(config) == history(local)
+        assert state(config, 3) == state(local, 3)
 
 
 class TestChecks:

@@ -74,6 +74,28 @@ def test_both_stages_resume_to_the_bit_and_the_second_starts_from_the_first(
         assert state(parts, 4) == state(first, 4)
 
 
+@pytest.mark.slow
+def test_a_discriminator_teaches_a_generator_with_a_flow_head(
+    make_recipe: MakeRecipe, data: list[Path], tmd: list[str]
+) -> None:
+    gan = "objective={method: tmd, fake_updates: 1, adversary: {weight: 1.0, loss: softplus}}"
+    heads = "discriminator={layers: [1, 2], width: 8, num_strides: 1, optimizer: {lr: 1.0e-2}}"
+    few = ["iterations=2", f"data.train={data[0]}"]
+    plain = make_recipe("name=plain", *tmd, MATCHING, *few)
+    judged = make_recipe("name=judged", *tmd, gan, heads, *few)
+    for config in (plain, judged):
+        distill(config)
+    lines = read_jsonl(RunFolder(judged.run_folder).metrics)
+    assert all({"adversarial", "discriminator"} <= set(line["losses"]) for line in lines)
+    # Heads start silent: the first update is that without them, the second one is not.
+    norms = [
+        [line["grad_norms"]["generator"] for line in read_jsonl(RunFolder(each.run_folder).metrics)]
+        for each in (plain, judged)
+    ]
+    assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-5)
+    assert norms[0][1] != pytest.approx(norms[1][1], rel=1e-3)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["meanflow", "matching"])

@@ -62,6 +62,13 @@ METHODS = {
     "cdm on the trajectory": ("objective.method=cdm", FRESH, "objective.off_trajectory=0.0"),
     "phased_dmd": ("objective={method: phased_dmd, high_iterations: 2}", "iterations=3", FRESH),
     "phased_dmd alternate": ("objective={method: phased_dmd, order: alternate}", FRESH),
+    "phased_dmd diversity": (
+        "objective={method: phased_dmd, high_iterations: 2}",
+        "iterations=3",
+        FRESH,
+        "generator.diversity.weight=0.1",
+        "generator.diversity.anchor_step=3",
+    ),
     "tsg_fisher": ("objective.method=tsg_fisher", FRESH),
     "tsg_sim": ("objective.method=tsg_sim",),
     "sid": ("objective.method=sid", FRESH),
