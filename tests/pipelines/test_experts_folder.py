@@ -100,7 +100,7 @@ def test_experts_have_to_change_where_the_phases_do(base: Path, pair: Path, tmp_
         (["objective.boundary=600"], "which no step starts at"),
         (["generator.num_steps=3"], "which no step starts at"),
         (["generator.random_steps={min_steps: 2, max_steps: 4}"], "random_steps"),
-        (["generator.diversity.weight=0.1"], "diversity"),
+        (["generator.diversity.weight=0.1", "objective.boundary=750"], "the whole high phase"),
         (["schedule.score_window=both"], "score_window"),
         (["schedule.score_law=renoise"], "score_law"),
         (["schedule.renoise=true"], "renoise"),
