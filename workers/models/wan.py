@@ -77,7 +77,7 @@ class WanVelocity(Denoiser):
             text: Text embeddings (B, L, D), zeros after the caption's end.
 
         Returns:
-            Velocity in float32, shaped like `x_t`.
+            Velocity in float32, of a network in float64 in float64, shaped like `x_t`.
 
         Raises:
             ShapeError: the latents do not fit the network.
@@ -97,7 +97,7 @@ class WanVelocity(Denoiser):
                 return_dict=False,
             )[0]
         # A copy also where it is float32 already: FSDP hooks the output, and must not hook a view.
-        return prediction.to(torch.float32, copy=True)
+        return prediction.to(torch.promote_types(prediction.dtype, torch.float32), copy=True)
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
