@@ -23,7 +23,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 RESULT_BYTES = 400_000
 """Above the size from which Ray keeps results in the store."""
-NUM_ITERATIONS, MICRO_BATCHES = 40, 3
+NUM_ITERATIONS, MICRO_BATCHES = 80, 3
+"""So many that a quarter of all results is more than the 100 that Ray frees at a time.
+
+Whether it frees so many at once, or fewer after its second, is a matter of how fast iterations are.
+"""
 
 
 @pytest.fixture
