@@ -8,6 +8,7 @@ is in `training.py`, one iteration in `iteration.py`.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
@@ -105,6 +106,33 @@ def distill(
         )
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A checked distillation, in a folder that this process holds.
+
+    Args:
+        checked: Result of the checks before the run.
+        folder: Of the run.
+        log: The folder's log.
+        events: Receives what happens to the run.
+        stops: Requests to stop.
+        stop_rule: Ends the run.
+        resume: Whether an earlier run goes on.
+        in_trial: Whether the run has the placement group of a Tune trial.
+        service: Name of the service whose frozen roles the run uses; empty: own ones.
+    """
+
+    checked: Preflight
+    folder: RunFolder
+    log: RunLog
+    events: EventLog
+    stops: StopRequests
+    stop_rule: StopRule
+    resume: bool
+    in_trial: bool
+    service: str
+
+
 def _checked_distill(
     config: DistillConfig,
     *,
@@ -137,18 +165,10 @@ def _checked_distill(
                 publishing(folder.root, lease, config.recovery.storage_outage_s, events.add),
                 _errors_in(log),
             ):
-                return _distill(
-                    config,
-                    checked,
-                    folder,
-                    log,
-                    events,
-                    resume=resume,
-                    in_trial=in_trial,
-                    stop_rule=stop_rule,
-                    stops=stops,
-                    service=service,
+                job = _Job(
+                    checked, folder, log, events, stops, stop_rule, resume, in_trial, service
                 )
+                return _distill(config, job)
         except StopNow:
             raise stopped_early(stops, config, str(folder)) from None
 
@@ -163,50 +183,27 @@ def _errors_in(log: RunLog) -> Iterator[None]:
         raise
 
 
-def _distill(
-    config: DistillConfig,
-    checked: Preflight,
-    folder: RunFolder,
-    log: RunLog,
-    events: EventLog,
-    *,
-    resume: bool,
-    in_trial: bool,
-    stop_rule: StopRule,
-    stops: StopRequests,
-    service: str,
-) -> dict[str, Any]:
-    """Runs a checked distillation in a folder that this process holds."""
+def _distill(config: DistillConfig, job: _Job) -> dict[str, Any]:
+    """Runs a job, on a smaller topology where machines are lost for good."""
     early: list[RunEvent] = []
-    if resume:
-        start, early = _take_up(config, checked, folder, events)
+    if job.resume:
+        start, early = _take_up(config, job)
     else:
         start = Position()
-        begin(config, checked, folder)
-    log.open()
-    if in_trial:
+        begin(config, job.checked, job.folder)
+    job.log.open()
+    if job.in_trial:
         # It has the placement group that Tune has made.
         config = config.with_settings({"recovery.shortage": "wait"})
-    observer = events.observer
+    observer = job.events.observer
     while True:
         try:
-            return _place_and_train(
-                config,
-                checked,
-                folder,
-                events,
-                start,
-                early,
-                in_trial=in_trial,
-                stop_rule=stop_rule,
-                stops=stops,
-                service=service,
-            )
+            return _place_and_train(config, job, start, early)
         except _NotPlacedAgain as failure:
             config, told = _replanned(config, failure.error)
-        events.observe(observer)
-        events.add(told)
-        start, early = _take_up(config, checked, folder, events, told)
+        job.events.observe(observer)
+        job.events.add(told)
+        start, early = _take_up(config, job, told)
 
 
 class _NotPlacedAgain(Exception):
@@ -240,19 +237,10 @@ def _replanned(config: DistillConfig, error: StartTimeoutError) -> tuple[Distill
 
 
 def _place_and_train(
-    config: DistillConfig,
-    checked: Preflight,
-    folder: RunFolder,
-    events: EventLog,
-    start: Position,
-    early: Sequence[RunEvent],
-    *,
-    in_trial: bool,
-    stop_rule: StopRule,
-    stops: StopRequests,
-    service: str,
+    config: DistillConfig, job: _Job, start: Position, early: Sequence[RunEvent]
 ) -> dict[str, Any]:
     """Opens the groups of a run, and trains from a position to the end."""
+    checked, folder, events = job.checked, job.folder, job.events
     observer = events.observer
     # Before anything is started, what the run begins with is where it belongs.
     folder.flush()
@@ -269,10 +257,10 @@ def _place_and_train(
             folder,
             progress,
             rows_left,
-            in_trial=in_trial,
+            in_trial=job.in_trial,
             tell=observer.warning,
             events=events,
-            service=service,
+            service=job.service,
         ) as groups,
         open_tracker(
             config.tracker.wandb,
@@ -294,7 +282,7 @@ def _place_and_train(
         may_replan = config.recovery.shortage == "replan"
         goes_on = False
         try:
-            return _train(run, start, stop_rule, stops, may_replan=may_replan)
+            return _train(run, start, job, may_replan=may_replan)
         except _NotPlacedAgain:
             goes_on = True
             raise
@@ -307,38 +295,32 @@ def _place_and_train(
             raise
         finally:
             if not goes_on:
-                stops.end()
+                job.stops.end()
             run.write_trace()
 
 
 def _take_up(
-    config: DistillConfig,
-    checked: Preflight,
-    folder: RunFolder,
-    events: EventLog,
-    why: RunEvent | None = None,
+    config: DistillConfig, job: _Job, why: RunEvent | None = None
 ) -> tuple[Position, list[RunEvent]]:
     """Puts the logs of an earlier run back to where it goes on.
 
     Args:
         config: The run's settings.
-        checked: Result of the checks before the run.
-        folder: Of the run.
-        events: Receives what is done.
+        job: The run.
         why: Event because of which it goes on; None: a resume by hand.
 
     Returns:
         Where it goes on, and what the events have said of it.
     """
+    folder, warn = job.folder, job.events.observer.warning
     told: list[RunEvent] = [why] if why else []
     checkpoints = Checkpoints(shared_place(folder.checkpoints))
 
     def tell(event: RunEvent) -> None:
-        events.add(event)
+        job.events.add(event)
         told.append(event)
 
-    warn = events.observer.warning
-    start = resume_position(config, checked, folder, checkpoints, warn, tell)
+    start = resume_position(config, job.checked, folder, checkpoints, warn, tell)
     folder.rewind(start.iteration, warn)
     DataLog(folder, len(training_sets(config))).rewind(start.iteration, warn)
     tell(
@@ -361,15 +343,9 @@ def _exporter(config: DistillConfig, start: Position) -> RunObserver:
     return RayMetrics(config.name, start.rows)
 
 
-def _train(
-    run: Distillation,
-    start: Position,
-    stop_rule: StopRule,
-    stops: StopRequests,
-    *,
-    may_replan: bool,
-) -> dict[str, Any]:
+def _train(run: Distillation, start: Position, job: _Job, *, may_replan: bool) -> dict[str, Any]:
     """Trains to the end, across failures; returns the run's summary."""
+    stops = job.stops
     failure: ClusterError | None = None
     while True:
         try:
@@ -381,7 +357,7 @@ def _train(
                         raise _NotPlacedAgain(error) from error
                     raise
             with stops.finishing_iterations():
-                run.train(start, stop_rule, stops)
+                run.train(start, job.stop_rule, stops)
             return run.finish(stops)
         except LOST as error:
             if stops.received:
