@@ -125,7 +125,11 @@ def generate_command(
         str | None, typer.Option(help="Of a run: last, best or an iteration")
     ] = None,
     lora: Annotated[
-        Path | None, typer.Option(help="LoRA to merge into the model: a .safetensors file")
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[@STRENGTH]",
+            help="LoRA to merge into the model: a .safetensors file; may be given more than once",
+        ),
     ] = None,
     zoom: Annotated[int | None, typer.Option(help="Enlarge the files this many times")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
@@ -137,12 +141,13 @@ def generate_command(
             from diffusers.utils import logging
 
             from pipelines import generate as job
-            from pipelines.exporting.sampled import sampled_folder
+            from pipelines.exporting.sampled import LoraSource, sampled_folder
             from pipelines.run.places import shared_place
 
         logging.disable_progress_bar()
         shown = _prompts(prompt or [], prompts)
-        with sampled_folder(model, checkpoint=checkpoint, lora=lora) as folder:
+        loras = [LoraSource.parse(text) for text in lora or []]
+        with sampled_folder(model, checkpoint=checkpoint, loras=loras) as folder:
             clips = job.generate(
                 folder,
                 shown,

@@ -1,39 +1,85 @@
-"""Folders to sample from that are made for the call: a checkpoint of a run, a LoRA on its base."""
+"""Folders to sample from that are made for the call: a checkpoint of a run, LoRAs on a base."""
 
+import math
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from pipelines.exporting.export import ExportOptions, export
-from pipelines.media.inference import read_inference_settings, write_inference_settings
+from pipelines.media.inference import (
+    InferenceSettings,
+    read_inference_settings,
+    write_inference_settings,
+)
 from pipelines.run.generator_folder import model_folder
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.configs import read_model_json
+from workers.models.exchange import ScaledLora
 from workers.models.families import family_of
 from workers.models.weight_digests import SETTINGS_FILE, require_same_weights
 
 
+@dataclass(frozen=True, slots=True)
+class LoraSource:
+    """A LoRA to merge into a model.
+
+    Attributes:
+        place: File, or folder with one, or with one an expert.
+        strength: Factor of its changes.
+    """
+
+    place: Path
+    strength: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "LoraSource":
+        """Read `FILE` or `FILE@STRENGTH`; a file of the whole name comes first.
+
+        Raises:
+            ConfigError: What follows the `@` is no number.
+        """
+        place, mark, strength = text.rpartition("@")
+        if not mark or Path(text).exists():
+            return cls(Path(text))
+        try:
+            found = float(strength)
+        except ValueError:
+            found = math.nan
+        if not math.isfinite(found):
+            raise ConfigError(
+                f"reading --lora {text}",
+                f"a strength of {strength!r}",
+                "FILE@STRENGTH with a number, as in mine.safetensors@0.8",
+            )
+        return cls(Path(place), found)
+
+
 @contextmanager
 def sampled_folder(
-    run_or_model: str | Path, *, checkpoint: str | None = None, lora: str | Path | None = None
+    run_or_model: str | Path,
+    *,
+    checkpoint: str | None = None,
+    loras: Sequence[LoraSource] = (),
 ) -> Iterator[Path]:
     """Yields the folder to sample from; a folder that was made is deleted afterwards.
 
     Args:
         run_or_model: Folder of a run, or a model folder.
         checkpoint: `last`, `best` or an iteration of the run; None: its finished generator.
-        lora: LoRA of diffusers or ComfyUI, merged into the model with strength 1; `sgmd.json`
-            beside it, as `sgmd export` writes it, says how to sample.
+        loras: LoRAs of diffusers, ComfyUI, Kohya or peft, merged into the model in order;
+            `sgmd.json` beside one, as `sgmd export` writes it, says how to sample.
 
     Raises:
-        ConfigError: The family takes no LoRA.
+        ConfigError: The family takes no LoRA, or two of them say how to sample.
         CheckpointError: The checkpoint does not exist or is not whole.
-        ModelFolderError: The model or the LoRA cannot be read, or they do not fit.
+        ModelFolderError: The model or a LoRA cannot be read, or they do not fit.
     """
-    if checkpoint is None and lora is None:
+    if checkpoint is None and not loras:
         yield model_folder(run_or_model)
         return
     with tempfile.TemporaryDirectory(prefix="sgmd-") as scratch:
@@ -45,38 +91,43 @@ def sampled_folder(
                 output=folder,
                 options=ExportOptions(dtype="fp32"),
             )
-        if lora is not None:
+        if loras:
             base = model_folder(run_or_model) if checkpoint is None else folder
             folder = Path(scratch) / "merged"
-            _merge(base, Path(lora), folder)
+            _merge(base, loras, folder)
         yield folder
 
 
-def _merge(base: Path, lora: Path, folder: Path) -> None:
-    """Writes a model folder with a LoRA merged in."""
+def _merge(base: Path, loras: Sequence[LoraSource], folder: Path) -> None:
+    """Writes a model folder with LoRAs merged in."""
     family = family_of(base)
     if family.traits.exchange is None:
         raise ConfigError(
             f"sampling {base} with a LoRA", f"a {family.name} model", "a family that takes LoRAs"
         )
     exchange = family.traits.exchange()
-    paths = _files(lora, exchange.parts)
-    beside = lora if lora.is_dir() else lora.parent
+    scaled = [ScaledLora(_files(each.place, exchange.parts), each.strength) for each in loras]
+    settings = _settings(base, loras)
     require_same_weights(base)
-    if (beside / SETTINGS_FILE).is_file():
-        require_same_weights(beside)
-    try:
-        weights = exchange.read_low_rank(paths, base)
-    # Whatever a library raises of a file of another kind.
-    except Exception as error:
-        raise ModelFolderError(
-            f"merging the LoRA {lora} into {base}",
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            f"a LoRA of a {family.name} denoiser of this size",
-            "Check that it was made for this base",
-        ) from error
+    weights = exchange.merge_loras(scaled, base)
+    family.export(folder, base, weights, flow_shift=settings.flow_shift, components="link")
+    write_inference_settings(folder, settings)
+
+
+def _settings(base: Path, loras: Sequence[LoraSource]) -> InferenceSettings:
+    """Sampling settings of the merged model: those of the LoRA, or of the base."""
     settings = read_inference_settings(base)
-    if (beside / SETTINGS_FILE).is_file():
+    places = {each.place if each.place.is_dir() else each.place.parent for each in loras}
+    stating = sorted(place for place in places if (place / SETTINGS_FILE).is_file())
+    if len(stating) > 1:
+        raise ConfigError(
+            f"sampling {base} with LoRAs",
+            f"{SETTINGS_FILE} in {stating[0]} and in {stating[1]}",
+            "one of them, which says how to sample",
+            "Give the others as copies without it",
+        )
+    for beside in stating:
+        require_same_weights(beside)
         stored = read_model_json(beside / SETTINGS_FILE)
         try:
             settings = settings.model_validate({**settings.model_dump(), **stored})
@@ -87,17 +138,17 @@ def _merge(base: Path, lora: Path, folder: Path) -> None:
                 "sampling settings as `sgmd export` writes them",
                 "Delete the file to sample as the base is sampled",
             ) from error
-    family.export(folder, base, weights, flow_shift=settings.flow_shift, components="link")
-    write_inference_settings(folder, settings)
+    return settings
 
 
 def _files(lora: Path, parts: Sequence[str]) -> dict[str, Path]:
-    """Files of a LoRA by part; in a folder, that of an expert has its name in its own."""
+    """Files of a LoRA by part; that of an expert has `high` or `low` in its name."""
     found = sorted(lora.glob("*.safetensors")) if lora.is_dir() else [lora]
-    by_part = {part: [path for path in found if part in path.name] for part in parts}
-    wrong = [part for part, paths in by_part.items() if len(paths) > 1]
+    by_part = {part: [path for path in found if _is_of(path, part)] for part in parts}
     known = {path for paths in by_part.values() for path in paths if path.is_file()}
-    if wrong or not found or known != set(found) or found[0].suffix != ".safetensors":
+    wrong = [part for part, paths in by_part.items() if len(paths) > 1]
+    twice = sum(map(len, by_part.values())) > len(known)
+    if wrong or twice or not found or known != set(found) or found[0].suffix != ".safetensors":
         names = ", ".join(path.name for path in found if path.exists())
         experts = " or ".join(part for part in parts if part)
         raise ModelFolderError(
@@ -105,6 +156,14 @@ def _files(lora: Path, parts: Sequence[str]) -> dict[str, Path]:
             names or "no such file",
             "one .safetensors file"
             + (f" an expert, with {experts} in its name" if experts else ""),
-            "Name the file",
+            "Name the file, or rename it" if experts else "Name the file",
         )
     return {part: paths[0] for part, paths in by_part.items() if paths}
+
+
+def _is_of(path: Path, part: str) -> bool:
+    """True if a file's name says that it is of a part, as `high_noise`, `HighNoise` or `HIGH`."""
+    name = path.stem.lower()
+    noises = set(re.findall(r"(high|low)[ _-]?noise", name))
+    words = noises or set(re.findall(r"(?<![a-z])(high|low)(?![a-z])", name))
+    return not part or words == {part.partition("_")[0]}

@@ -19,7 +19,7 @@ from pipelines.cli import app
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation.run import distill
 from pipelines.exporting.export import FORMATS, ExportOptions, export
-from pipelines.exporting.sampled import sampled_folder
+from pipelines.exporting.sampled import LoraSource, sampled_folder
 from pipelines.generate import SamplingOptions, generate
 from pipelines.media.inference import InferenceSettings, write_inference_settings
 from pipelines.run.folder import RunFolder
@@ -174,7 +174,7 @@ def test_two_experts_get_a_file_each_and_are_sampled_across_their_boundary(exper
         assert ["high_noise" in name for name in names] == [True, False]
         assert ["low_noise" in name for name in names] == [False, True]
     folder, lora = (base, out) if is_lora else (tuned, None)
-    with sampled_folder(folder, lora=lora) as sampled:
+    with sampled_folder(folder, loras=[] if lora is None else [LoraSource(lora)]) as sampled:
         (clip,) = generate(sampled, [PROMPT], output=tmp_path / "clips", formats=["gif"])
     if form != "lora-comfyui":
         frames = _run_card((out / "README.md").read_text(), out, base)
@@ -306,7 +306,7 @@ class TestSampling:
     def test_a_lora_that_is_none_is_refused(self, run, wan_folder, tmp_path):
         for lora, words in (
             (tmp_path / "nothing", "no such file"),
-            (wan_folder / "transformer/diffusion_pytorch_model.safetensors", "a LoRA of a wan"),
+            (wan_folder / "transformer/diffusion_pytorch_model.safetensors", "belongs to no LoRA"),
         ):
             result = command(
                 "generate",

@@ -4,7 +4,7 @@ merged_weights     base + alpha / rank * B A, in float32    a denoiser's paramet
 adapter_factors    A and B with the scale in B              what `ExchangeFiles` writes as a LoRA
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,15 +13,14 @@ from torch import Tensor
 from sgmd_core.errors import CheckpointError
 from workers.models.families import family_of
 from workers.models.low_rank import LowRank
+from workers.models.weight_changes import ChangedWeights, Product, WeightChange
 from workers.network_settings import LoraSettings
 
 _FIRST, _SECOND = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-class MergedWeights(Mapping[str, Tensor]):
+class MergedWeights(ChangedWeights):
     """Parameters of a denoiser with its adapters merged; those with adapters in float32.
-
-    A merged weight is made when it is asked for: writing a network never holds two.
 
     Args:
         base: Parameters of the base by name.
@@ -35,33 +34,18 @@ class MergedWeights(Mapping[str, Tensor]):
     def __init__(
         self, base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], lora: LoraSettings
     ) -> None:
-        self._base = base
-        self._scale = lora.scale
-        self._pairs = {f"{name}.weight": pair for name, pair in _pairs(adapters).items()}
-        for name, (first, second) in self._pairs.items():
-            if name not in base or base[name].shape != (second.shape[0], first.shape[1]):
+        changes: dict[str, list[WeightChange]] = {}
+        for layer, (first, second) in _pairs(adapters).items():
+            name, change = f"{layer}.weight", Product(second, first, lora.scale)
+            if name not in base or base[name].shape != change.shape:
                 raise CheckpointError(
                     "merging adapters into a base",
                     f"an adapter of {name}, {tuple(second.shape)} x {tuple(first.shape)}",
                     "adapters of this base",
                     "Give the model folder that the run was started with",
                 )
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The weight of a name, on the device of the base."""
-        weight = self._base[name].detach()
-        if name not in self._pairs:
-            return weight
-        first, second = (half.detach().float().to(weight.device) for half in self._pairs[name])
-        return weight.float() + self._scale * (second @ first)
-
-    def __iter__(self) -> Iterator[str]:
-        """Names of the base's parameters."""
-        return iter(self._base)
-
-    def __len__(self) -> int:
-        """Number of the base's parameters."""
-        return len(self._base)
+            changes[name] = [change]
+        super().__init__(base, changes)
 
 
 def merged_weights(

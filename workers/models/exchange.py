@@ -1,6 +1,7 @@
 """Files in which other programs take a denoiser: their formats, and what a family does for them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,19 @@ LORA_FORMATS = (LORA, LORA_COMFYUI)
 
 LORA_STEM = "pytorch_lora_weights"
 """Name of a LoRA's file without suffix, where diffusers looks for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledLora:
+    """A LoRA and its strength.
+
+    Attributes:
+        paths: Files by part; a part without one stays as it is.
+        strength: Factor of all of its changes.
+    """
+
+    paths: Mapping[str, Path]
+    strength: float = 1.0
 
 
 class ExchangeFiles(Protocol):
@@ -56,9 +70,18 @@ class ExchangeFiles(Protocol):
         ...
 
     def read_low_rank(self, paths: Mapping[str, Path], base_folder: Path) -> dict[str, Tensor]:
-        """Read LoRAs and return the base's weights with them merged in, in float32.
+        """Read LoRAs that `write_low_rank` has written, as another program would.
 
-        A part without a path keeps the base's weights.
+        Returns the base's weights with them merged in, in float32. A part without a path keeps the
+        base's weights.
+        """
+        ...
+
+    def merge_loras(self, loras: Sequence[ScaledLora], base_folder: Path) -> Mapping[str, Tensor]:
+        """Merge LoRAs of any program into a base, in order; returns its weights in float32.
+
+        Raises:
+            ModelFolderError: A file has something that cannot be merged into this base; names it.
         """
         ...
 

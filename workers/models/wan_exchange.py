@@ -5,11 +5,13 @@
     lora            `transformer.NAME.lora_A`, `lora_B`: WanPipeline.load_lora_weights
     lora-comfyui    `diffusion_model.NAME.lora_down`, `lora_up`, in the names of the original
 
-Each is read back by diffusers, as a user would load it.
+Each is read back by diffusers, as a user would load it. LoRAs of other programs are read by
+`lora_files`, since diffusers leaves out some of their tensors without an error.
 """
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,18 +24,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster.files import whole_file
-from workers.models.exchange import COMFYUI, LORA
+from workers.models.exchange import COMFYUI, LORA, ScaledLora
+from workers.models.lora_files import UNDERSCORED, lora_changes, read_lora
 from workers.models.low_rank import LowRank
 from workers.models.sharded_loading import load_sharded
 from workers.models.wan import WanVelocity
 from workers.models.wan_family import LOW_NOISE, TRANSFORMER
 from workers.models.wan_folder import check_component
+from workers.models.weight_changes import ChangedWeights, WeightChange
 
 _COMFYUI_WEIGHTS = "model.diffusion_model."
-_LORA_NAME = re.compile(r"lora_|\.(alpha|diff|diff_b)$")
 _COMFYUI_LORA = "diffusion_model."
-_LORA_PREFIX = re.compile(rf"^(base_model\.model\.)?({TRANSFORMER}\.)?")
-_LORA_PART = re.compile(r"\.(?:lora_|alpha$|diff$|diff_b$)")
 _PATCHES = "patch_embedding.weight"  # output channels x input channels x patch
 # Parts of Wan's image-to-video and VACE denoisers.
 _IMAGE_PART = re.compile(r"img|image_|vace_|ref_conv|control_")
@@ -161,12 +162,34 @@ class WanExchange:
         """Read LoRAs through diffusers and return the base's weights with them merged in."""
         found: dict[str, Tensor] = {}
         for part, member in self._members.items():
-            checked = check_component(base_folder, member.component)
-            network: Any = load_sharded(WanTransformer3DModel, checked, WanVelocity).transformer
+            network = _load(base_folder, member)
             if part in paths:
-                _merge(network, paths[part])
+                _fuse(network, paths[part])
             found |= {member.prefix + name: value for name, value in network.state_dict().items()}
         return found
+
+    def merge_loras(self, loras: Sequence[ScaledLora], base_folder: Path) -> Mapping[str, Tensor]:
+        """Merge LoRAs of any program; every file is checked before a network is loaded."""
+        changes: dict[str, list[WeightChange]] = defaultdict(list)
+        for part, member in self._members.items():
+            shapes = check_component(base_folder, member.component).architecture.shapes
+            names = names_in_loras(shapes)
+            for each in loras:
+                if part in each.paths:
+                    read = read_lora(each.paths[part])
+                    for name, change in lora_changes(read, shapes, names, each.strength).items():
+                        changes[member.prefix + name].append(change)
+        base: dict[str, Tensor] = {}
+        for member in self._members.values():
+            network = _load(base_folder, member)
+            base |= {member.prefix + name: value for name, value in network.state_dict().items()}
+        return ChangedWeights(base, changes)
+
+
+def _load(base_folder: Path, member: WanPart) -> Any:  # noqa: ANN401  (a network of diffusers)
+    """The network of a part in float32."""
+    checked = check_component(base_folder, member.component)
+    return load_sharded(WanTransformer3DModel, checked, WanVelocity).transformer
 
 
 T = TypeVar("T")
@@ -182,30 +205,27 @@ def _own(values: Mapping[str, T], member: WanPart) -> dict[str, T]:
     }
 
 
-def _merge(network: Any, path: Path) -> None:  # noqa: ANN401  (a network of diffusers)
-    with safe_open(path, framework="pt") as file:
-        others = [name for name in file.keys() if not _LORA_NAME.search(name)]  # noqa: SIM118
-    if others:
-        # diffusers would leave them out, or take nothing at all, without an error.
-        raise ValueError(f"{others[0]} belongs to no LoRA")
+def _fuse(network: Any, path: Path) -> None:  # noqa: ANN401  (a network of diffusers)
+    """Merge a LoRA that we have written, by diffusers alone."""
     state: Any = WanPipeline.lora_state_dict(str(path.parent), weight_name=path.name)
-    named = {_lora_name(name): value for name, value in state.items()}
-    layers = {name for name, _ in network.named_modules()}
-    unknown = [name for name in named if _LORA_PART.split(name)[0] not in layers]
-    if unknown or not named:
-        # diffusers would merge nothing, and say so in a line that is easily missed.
-        raise ValueError(
-            f"{unknown[0]} is of no layer of the base" if unknown else "there is nothing in it"
-        )
-    prefixed = {f"{TRANSFORMER}.{name}": value for name, value in named.items()}
-    network.load_lora_adapter(prefixed, prefix=TRANSFORMER)
+    network.load_lora_adapter(state, prefix=TRANSFORMER)
     network.fuse_lora()
     network.unload_lora()
 
 
-def _lora_name(name: str) -> str:
-    """Name of a LoRA's tensor in the denoiser, without what peft and diffusers put before it."""
-    return _LORA_PREFIX.sub("", name).replace(".default.weight", ".weight")
+def names_in_loras(weights: Iterable[str]) -> dict[str, str]:
+    """Weights of `WanTransformer3DModel` by the names that LoRAs have for them, without a prefix.
+
+    Those are its own names, those of the original release, and both with underscores (Kohya).
+    """
+    found: dict[str, str] = {}
+    for name in weights:
+        for known in (name, original_name(name)):
+            layer, _, end = known.rpartition(".")
+            for foreign in (known, f"{UNDERSCORED}{layer.replace('.', '_')}.{end}"):
+                assert found.get(foreign, name) == name, f"{foreign} is two weights"
+                found[foreign] = name
+    return found
 
 
 def _require_tensors(path: Path, own: Mapping[str, tuple[int, ...]]) -> None:
