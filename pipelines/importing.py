@@ -1,9 +1,13 @@
-"""Make a model folder of a single file of weights: `sgmd import`.
+"""Make a model folder of a single file: `sgmd import`.
 
-names of the original release, or of ComfyUI -> diffusers' own conversion -> transformer/
-autoencoder, text encoder, tokenizer, scheduler                           <- the base folder
+weights in the names of the original release, or of ComfyUI -> diffusers' own conversion
+a LoRA in the names of any program                          -> the base's weights, and its changes
+autoencoder, text encoder, tokenizer, scheduler             <- the base folder
+
+Of two experts the file's name says which one it is of; the other stays as it is in the base.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +24,18 @@ from pipelines.run.generator_folder import model_folder
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.configs import INDEX_FILE
+from workers.models.exchange import ScaledLora, part_by_name
 from workers.models.exporting import Components, narrowed
 from workers.models.families import family_of
+from workers.models.family import ModelFamily
+from workers.models.folder import ModelFolder
+from workers.models.lora_files import is_lora
 from workers.models.weight_digests import SETTINGS_FILE
-from workers.models.weights import DTYPES
+from workers.models.weights import DTYPES, SCALED_NAMES
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float32}
+
+_REMEDY = "Give the file of a text-to-video denoiser and, with --base, a folder of the same size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +58,21 @@ class ImportResult:
 
 
 def import_file(
-    file: str | Path, base: str | Path, output: str | Path, components: Components = "link"
+    file: str | Path,
+    base: str | Path,
+    output: str | Path,
+    components: Components = "link",
+    strength: float = 1.0,
 ) -> ImportResult:
-    """Make a model folder of a denoiser in one file.
+    """Make a model folder of a denoiser in one file, or of a LoRA and its base.
 
     Args:
-        file: Weights in safetensors format, in the names of the original release or of ComfyUI.
+        file: Safetensors file: weights in the names of the original release or of ComfyUI, or a
+            LoRA.
         base: Model folder of the same size; its other components become the new folder's.
         output: The new folder; an existing model folder is replaced whole.
         components: Whether the other components are linked or copied.
+        strength: Of a LoRA.
 
     Raises:
         ModelFolderError: The file is not one of the base's denoiser, or is damaged.
@@ -68,18 +84,8 @@ def import_file(
     if components not in ("link", "copy"):
         raise ConfigError(f"importing {path}", f"--components {components}", "link or copy")
     family = family_of(base_folder)
-    family.inspect(base_folder)
-    stored = _stored_dtype(path)
-    make = family.traits.exchange
-    files = None if make is None else make()
-    if files is None or len(files.parts) != 1:
-        expected = "a family of one denoiser that other programs keep in single files"
-        raise _refusal(path, f"a base of the family {family.name}", expected)
-    try:
-        weights = files.read_weights({files.parts[0]: path}, base_folder)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _refusal(path, first, f"the denoiser of {base_folder}, and nothing else") from error
+    checked = family.inspect(base_folder)
+    weights, stored = _weights(family, checked, path, strength)
     _require_finite(path, weights)
     weights = narrowed(weights, _DTYPES[stored], family.traits.keep_fp32)
     with whole_folder_at(target, (SETTINGS_FILE, INDEX_FILE)) as draft:
@@ -94,8 +100,37 @@ def import_file(
     return ImportResult(target, len(weights), stored)
 
 
-def _stored_dtype(path: Path) -> str:
-    """The type of most tensors of a file, in the words of safetensors."""
+def _weights(
+    family: ModelFamily, base: ModelFolder, path: Path, strength: float
+) -> tuple[Mapping[str, Tensor], str]:
+    """Weights of the new denoiser, or of one expert, and the type that they are stored in."""
+    types = _stored_types(path)
+    make = family.traits.exchange
+    files = None if make is None else make()
+    if files is None:
+        expected = "a family that other programs keep in single files"
+        raise _refusal(path, f"a base of the family {family.name}", expected)
+    part = part_by_name(path, files.parts)
+    if part is None:
+        expected = f"{' or '.join(files.parts)} in its name: each expert has a file of its own"
+        raise _refusal(path, "a file of one of two experts", expected, "Rename it")
+    if is_lora(types):
+        (first, *_) = base.weights[base.layout.denoiser].used
+        merged = files.merge_loras([ScaledLora({part: path}, strength)], base.path)
+        return merged, _main_type(first, _stored_types(first))
+    if strength != 1:
+        found = f"a strength of {strength:g} for a file of weights"
+        raise ConfigError(f"importing {path}", found, "a LoRA, which has a strength")
+    stored = _main_type(path, types)
+    try:
+        return files.read_weights({part: path}, base.path), stored
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _refusal(path, first, f"the denoiser of {base.path}, and nothing else") from error
+
+
+def _stored_types(path: Path) -> dict[str, str]:
+    """Types of a file's tensors by name, in the words of safetensors."""
     if kind_of_path(path) != "a file" or path.suffix != ".safetensors":
         found = kind_of_path(path) or "no such file"
         found = f"a file {path.suffix}, which is never opened" if found == "a file" else found
@@ -103,15 +138,22 @@ def _stored_dtype(path: Path) -> str:
     try:
         with safe_open(path, framework="pt") as weights:
             names = list(weights.keys())
-            types = [str(weights.get_slice(name).get_dtype()) for name in names]
+            return {name: str(weights.get_slice(name).get_dtype()) for name in names}
     except (OSError, SafetensorError) as error:
         raise _refusal(path, f"unreadable ({error})", "a complete safetensors file") from error
-    odd = [
-        f"{name} in {kind}" for name, kind in zip(names, types, strict=True) if kind not in DTYPES
-    ]
-    if odd or not names:
-        raise _refusal(path, odd[0] if odd else "no tensors", f"weights in {', '.join(DTYPES)}")
-    return max(set(types), key=types.count)
+
+
+def _main_type(path: Path, types: Mapping[str, str]) -> str:
+    """The type of most tensors of a file of weights."""
+    odd = [f"{name} in {kind}" for name, kind in types.items() if kind not in DTYPES]
+    scales = [name for name in types if re.search(SCALED_NAMES.pattern, name)]
+    expected = f"weights in {', '.join(DTYPES)}"
+    if scales:
+        found = f"{scales[0]}: {SCALED_NAMES.kind}"
+        raise _refusal(path, found, expected, "Give the file of the same model in bf16 or fp16")
+    if odd or not types:
+        raise _refusal(path, odd[0] if odd else "no tensors", expected)
+    return max(set(types.values()), key=list(types.values()).count)
 
 
 def _require_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -120,11 +162,5 @@ def _require_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
             raise _refusal(path, f"NaN or infinity in {name}", "finite weights")
 
 
-def _refusal(path: Path, found: str, expected: str) -> ModelFolderError:
-    return ModelFolderError(
-        f"importing {path}",
-        found,
-        expected,
-        "Give the file of a text-to-video denoiser and, with --base, a diffusers folder of the "
-        "same size",
-    )
+def _refusal(path: Path, found: str, expected: str, remedy: str = _REMEDY) -> ModelFolderError:
+    return ModelFolderError(f"importing {path}", found, expected, remedy)

@@ -88,7 +88,9 @@ def _export_words(place: str, result: "ExportResult") -> list[str]:
 
 
 def import_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Weights, *.safetensors.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Weights, or a LoRA[@STRENGTH]; *.safetensors.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The new model folder.")],
     base: Annotated[
         Path, typer.Option(help="Model folder of the same size; its other parts are taken")
@@ -98,13 +100,17 @@ def import_command(
     ] = "link",
     as_json: Json = False,
 ) -> None:
-    """Make a model folder of an original Wan or ComfyUI file of a denoiser."""
+    """Make a model folder of an original Wan or ComfyUI file of a denoiser, or of a LoRA."""
     with progress_bar() as on_progress:
+        from pipelines.exporting.sampled import LoraSource
         from pipelines.importing import import_file
         from workers.models.exporting import Components
 
         on_progress("converting the file", 0, 1)
-        result = import_file(file, base, target, cast(Components, components))
+        given = LoraSource.parse(file)
+        result = import_file(
+            given.place, base, target, cast(Components, components), given.strength
+        )
         on_progress("converting the file", 1, 1)
     data = result.to_json()
     words = f"{data['folder']}: {result.num_tensors} tensors in {result.dtype} of {file}"

@@ -1,7 +1,6 @@
 """Folders to sample from that are made for the call: a checkpoint of a run, LoRAs on a base."""
 
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from pipelines.media.inference import (
 from pipelines.run.generator_folder import model_folder
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.configs import read_model_json
-from workers.models.exchange import ScaledLora
+from workers.models.exchange import ScaledLora, part_by_name
 from workers.models.families import family_of
 from workers.models.weight_digests import SETTINGS_FILE, require_same_weights
 
@@ -144,11 +143,10 @@ def _settings(base: Path, loras: Sequence[LoraSource]) -> InferenceSettings:
 def _files(lora: Path, parts: Sequence[str]) -> dict[str, Path]:
     """Files of a LoRA by part; that of an expert has `high` or `low` in its name."""
     found = sorted(lora.glob("*.safetensors")) if lora.is_dir() else [lora]
-    by_part = {part: [path for path in found if _is_of(path, part)] for part in parts}
-    known = {path for paths in by_part.values() for path in paths if path.is_file()}
-    wrong = [part for part, paths in by_part.items() if len(paths) > 1]
-    twice = sum(map(len, by_part.values())) > len(known)
-    if wrong or twice or not found or known != set(found) or found[0].suffix != ".safetensors":
+    by_part = [(part_by_name(path, parts), path) for path in found if path.is_file()]
+    named = {part: path for part, path in by_part if part is not None}
+    is_told = len(named) == len(found) and bool(found)
+    if not is_told or found[0].suffix != ".safetensors":
         names = ", ".join(path.name for path in found if path.exists())
         experts = " or ".join(part for part in parts if part)
         raise ModelFolderError(
@@ -158,12 +156,4 @@ def _files(lora: Path, parts: Sequence[str]) -> dict[str, Path]:
             + (f" an expert, with {experts} in its name" if experts else ""),
             "Name the file, or rename it" if experts else "Name the file",
         )
-    return {part: paths[0] for part, paths in by_part.items() if paths}
-
-
-def _is_of(path: Path, part: str) -> bool:
-    """True if a file's name says that it is of a part, as `high_noise`, `HighNoise` or `HIGH`."""
-    name = path.stem.lower()
-    noises = set(re.findall(r"(high|low)[ _-]?noise", name))
-    words = noises or set(re.findall(r"(?<![a-z])(high|low)(?![a-z])", name))
-    return not part or words == {part.partition("_")[0]}
+    return named

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.importing import import_file
 from sgmd_core.errors import ConfigError, ModelFolderError
-from tests.helpers.tiny_wan import write_tiny_wan
+from tests.helpers.tiny_wan import write_tiny_experts, write_tiny_wan
 from workers.models.content import component_digest, model_digests
 from workers.models.families import family_of
 from workers.models.wan_exchange import original_name
@@ -132,3 +132,63 @@ def test_no_folder_of_something_else_is_replaced_and_components_are_checked(
     assert (tmp_path / "work/notes.txt").exists()
     for _ in range(2):
         import_file(file, base, tmp_path / "new")
+
+
+@pytest.mark.parametrize("extra", ["scaled_fp8", "blocks.0.self_attn.q.scale_weight"])
+def test_weights_in_8_bits_are_refused_by_name(base, trained, tmp_path, extra: str) -> None:
+    file = single_file(trained, tmp_path / "wan.safetensors", "model.diffusion_model.")
+    scaled = {
+        name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
+        for name, value in load_file(file).items()
+    }
+    save_file(scaled, file)
+    with pytest.raises(ModelFolderError, match="F8_E4M3"):
+        import_file(file, base, tmp_path / "out")
+    save_file(scaled | {f"model.diffusion_model.{extra}": torch.ones(1)}, file)
+    with pytest.raises(ModelFolderError, match=f"{extra}: scaled weights in 8 bits.*bf16"):
+        import_file(file, base, tmp_path / "out")
+
+
+def test_a_lora_and_its_base_become_a_model_folder(base: Path, tmp_path: Path) -> None:
+    name, draw = "blocks.0.attn1.to_q", torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 32, generator=draw), torch.randn(32, 2, generator=draw)
+    file = tmp_path / "style.safetensors"
+    stem = f"diffusion_model.{original_name(name)}"
+    tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(1.0)}, file)
+    given = ["import", f"{file}@0.5", str(tmp_path / "out"), "--base", str(base)]
+    said = CliRunner().invoke(app, given)
+    assert said.exit_code == 0, said.output
+    before, after = load_file(base / FILE), load_file(tmp_path / "out" / FILE)
+    change = 0.5 * 0.5 * up @ down
+    assert change.abs().max() > 0.5
+    torch.testing.assert_close(
+        after[f"{name}.weight"], before[f"{name}.weight"] + change, rtol=0, atol=1e-6
+    )
+    others = before.keys() - {f"{name}.weight"}
+    assert all(torch.equal(after[other], before[other]) for other in others)
+    assert family_of(tmp_path / "out").load_denoiser(tmp_path / "out")
+    with pytest.raises(ConfigError, match="a strength of 2 for a file of weights"):
+        import_file(single_file(base, file), base, tmp_path / "x", strength=2.0)
+
+
+def test_the_two_files_of_experts_are_imported_one_after_the_other(
+    trained: Path, tmp_path: Path
+) -> None:
+    folder = write_tiny_experts(tmp_path / "base", ["a", "circle"], seed=5)
+    single_file(trained, tmp_path / "wan.safetensors")
+    with pytest.raises(ModelFolderError, match="high_noise or low_noise in its name"):
+        import_file(tmp_path / "wan.safetensors", folder, tmp_path / "x")
+    start, before = folder, model_digests(folder)
+    for name in ("wan2.2_high_noise", "wan2.2_low_noise"):
+        file = (tmp_path / "wan.safetensors").rename(tmp_path / f"{name}.safetensors")
+        start = import_file(file, start, tmp_path / name).folder
+        file.rename(tmp_path / "wan.safetensors")
+        made = model_digests(start)
+        expected = load_file(trained / FILE)
+        part = "transformer" if "high" in name else "transformer_2"
+        assert made[part] != before[part]
+        found = load_file(start / part / FILE.name)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        if part == "transformer":
+            assert made["transformer_2"] == before["transformer_2"]

@@ -1,5 +1,6 @@
 """Files in which other programs take a denoiser: their formats, and what a family does for them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ class ExchangeFiles(Protocol):
     def merge_loras(self, loras: Sequence[ScaledLora], base_folder: Path) -> Mapping[str, Tensor]:
         """Merge LoRAs of any program into a base, in order; returns its weights in float32.
 
+        Weights of a part that none of them has a file of are left out.
+
         Raises:
             ModelFolderError: A file has something that cannot be merged into this base; names it.
         """
@@ -89,3 +92,17 @@ class ExchangeFiles(Protocol):
 def part_path(folder: Path, stem: str, part: str) -> Path:
     """File of a part in the folder of an export."""
     return folder / f"{stem}{part and f'-{part}'}.safetensors"
+
+
+def part_by_name(path: Path, parts: Sequence[str]) -> str | None:
+    """Part that a file's name says it is of: of experts by `high_noise`, `HighNoise`, `HIGH`, ...
+
+    Returns None where the name says nothing, or both.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    name = path.stem.lower()
+    noises = set(re.findall(r"(high|low)[ _-]?noise", name))
+    words = noises or set(re.findall(r"(?<![a-z])(high|low)(?![a-z])", name))
+    found = [part for part in parts if words == {part.partition("_")[0]}]
+    return found[0] if found else None

@@ -14,7 +14,7 @@ enough to be taken for a bad LoRA.
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +40,9 @@ _PART = re.compile(
     r"(?P<alpha>alpha)|(?P<diff>diff)|(?P<diff_b>diff_b)|(?P<diff_m>diff_m))$"
 )
 _WEIGHT_OF = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
-_MERGE_IT = (
-    "Merge it with the program that made it, save the whole model, and give that folder (see "
-    "docs/own-weights.md)"
-)
+_MERGE_IT = "Merge it with the program that made it, save the whole model, and give that folder"
 _FOR_THIS_BASE = "Give a LoRA that was trained on this base"
+_ADAPTER = r"lora_|hada_|lokr_|oft_|glora|vera_"
 # Kinds of files that cannot be merged: what they are, and what to do.
 _REFUSED = (
     (r"lora_magnitude_vector|dora_scale", "a DoRA, which rescales the base", _MERGE_IT),
@@ -82,6 +80,11 @@ class LoraFile:
     path: Path
     tensors: Mapping[str, Tensor]
     scales: LoraScales
+
+
+def is_lora(names: Collection[str]) -> bool:
+    """True if a file with these tensors is a LoRA, or an adapter of another kind."""
+    return any(_PART.match(name) or re.search(_ADAPTER, name) for name in names)
 
 
 def read_lora(path: Path) -> LoraFile:

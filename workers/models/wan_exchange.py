@@ -171,16 +171,17 @@ class WanExchange:
     def merge_loras(self, loras: Sequence[ScaledLora], base_folder: Path) -> Mapping[str, Tensor]:
         """Merge LoRAs of any program; every file is checked before a network is loaded."""
         changes: dict[str, list[WeightChange]] = defaultdict(list)
-        for part, member in self._members.items():
+        own = [part for part in self._members if any(part in each.paths for each in loras)]
+        for part in own:
+            member = self._members[part]
             shapes = check_component(base_folder, member.component).architecture.shapes
             names = names_in_loras(shapes)
-            for each in loras:
-                if part in each.paths:
-                    read = read_lora(each.paths[part])
-                    for name, change in lora_changes(read, shapes, names, each.strength).items():
-                        changes[member.prefix + name].append(change)
+            for path, strength in ((e.paths[part], e.strength) for e in loras if part in e.paths):
+                found = lora_changes(read_lora(path), shapes, names, strength)
+                for name, change in found.items():
+                    changes[member.prefix + name].append(change)
         base: dict[str, Tensor] = {}
-        for member in self._members.values():
+        for member in (self._members[part] for part in own):
             network = _load(base_folder, member)
             base |= {member.prefix + name: value for name, value in network.state_dict().items()}
         return ChangedWeights(base, changes)

@@ -46,17 +46,20 @@ class ForeignNames:
     remedy: str
 
 
+SCALED_NAMES = ForeignNames(
+    r"scaled_fp8|comfy_quant|\.(scale_weight|scale_input|weight_scale|input_scale)$",
+    "scaled weights in 8 bits",
+    "Use the weights in bfloat16, float16 or float32",
+)
+"""Names beside weights that are a number in 8 bits times a scale, as ComfyUI's fp8_scaled files."""
+
 _FOREIGN_NAMES = (
     ForeignNames(
         r"lora_|\.lora|hada_|lokr_",
         "a LoRA file, which holds changes of weights and no network",
-        "Merge it: load_lora_weights(FILE), fuse_lora(), save_pretrained(FOLDER) of the pipeline",
+        "Merge it: sgmd import FILE DST --base FOLDER",
     ),
-    ForeignNames(
-        r"scaled_fp8|\.(scale_weight|scale_input|weight_scale|input_scale)$",
-        "scaled weights in 8 bits",
-        "Use the weights in bfloat16, float16 or float32",
-    ),
+    SCALED_NAMES,
     ForeignNames(r"^(model\.)?diffusion_model\.", "the names of ComfyUI", "Convert it: {convert}"),
 )
 _WRAPPED_NAMES = ForeignNames(
