@@ -181,6 +181,60 @@ def test_the_best_discriminator_of_two_gaussians_is_right_as_often_as_their_dist
     assert found == pytest.approx(0.5 * (1 + distance), abs=3e-3)
 
 
+def steps_of_two_scores(
+    count: int, stream: torch.Generator, sigma: float = 0.6, delta: float = 0.4
+) -> tuple[tuple[torch.Tensor, torch.Tensor], list[torch.distributions.Normal]]:
+    """Steps of a Gaussian teacher and of a fake score of another mean and spread, and their laws.
+
+    Both start from the same x_t, which is Gaussian; velocities are affine in it, so are the steps.
+    """
+    level = torch.tensor([sigma], dtype=torch.float64)
+    x0, noise = torch.randn(2, 1, 1, 1, 1, count, generator=stream, dtype=torch.float64)
+    x_t = (1 - sigma) * x0 + sigma * noise
+    steps, laws = [], []
+    for mean, std in ((0.5, 0.3), (0.0, 2.0)):
+        centre, spread = (torch.tensor([each], dtype=torch.float64) for each in (mean, std))
+        steps.append(
+            probability_flow_step(x_t, gaussian_velocity(x_t, level, centre, spread), delta)
+        )
+        at_zero = gaussian_velocity(0 * x_t[..., :1], level, centre, spread)
+        gain = 1 - delta * velocity_gain(level, spread)
+        variance = gain**2 * ((1 - sigma) ** 2 + sigma**2)
+        laws.append(torch.distributions.Normal(-delta * at_zero.squeeze(), variance.sqrt()))
+    return (steps[0].flatten()[:, None], steps[1].flatten()[:, None]), laws
+
+
+def test_a_small_discriminator_learns_to_be_right_as_often_as_the_distance_says():
+    """Its boundary has two sides, as the laws differ in spread; 200 updates of the hinge loss."""
+    stream = torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(
+        torch.nn.Linear(1, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1)
+    ).double()
+    adam = torch.optim.Adam(head.parameters(), lr=2e-2)
+    held, laws = steps_of_two_scores(100_000, stream)
+    points = torch.linspace(-20, 20, 40_001, dtype=torch.float64)
+    one, other = (law.log_prob(points).exp() for law in laws)
+    best = 0.5 * (1 + 0.5 * torch.trapezoid((one - other).abs(), points).item())
+    # A threshold, which is all that a linear discriminator has, falls short of it.
+    cuts = torch.linspace(-5, 5, 1001, dtype=torch.float64)
+    threshold = 0.5 * (1 + (laws[0].cdf(cuts) - laws[1].cdf(cuts)).abs().max().item())
+    assert 0.6 < threshold < best - 0.05 < 0.95
+
+    def accuracy() -> float:
+        with torch.no_grad():
+            return discriminator_accuracy(*(head(each) for each in held)).item()
+
+    untrained = accuracy()
+    for _ in range(200):
+        real, fake = (head(each) for each in steps_of_two_scores(1024, stream)[0])
+        adam.zero_grad()
+        hinge_discriminator_loss(real, fake).backward()
+        adam.step()
+    assert abs(untrained - best) > 0.1
+    assert accuracy() == pytest.approx(best, abs=0.01)
+
+
 class TestTerm:
     REAL, FAKE, MOVED = torch.tensor([[2.0, 0.5]]), torch.tensor([[-3.0, 0.2]]), torch.zeros(1, 2)
 
