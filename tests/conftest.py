@@ -20,18 +20,31 @@ from urllib.request import urlopen
 import pytest
 
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, serve_faulty
-from tests.helpers.forked_python import forked_python
+from tests.helpers.forked_python import (
+    forked_python,
+    kept_environment,
+    share_forked_python,
+    starting_forks,
+)
 from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3, use_server
 
 # OpenMP reads both when torch is loaded. There are more processes than cores: threads that wait for
 # one another by turning take sixty times as long there.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when libraries are imported: no test asks a network for a model.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Ray reads the mode when it is imported. The token is this session's, never the user's own.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 _HEAD_START_TIMEOUT_S = 180.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Has one server for all processes of tests that are started side by side."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        share_forked_python()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -74,9 +87,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def forked_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+def forked_libraries() -> Iterator[None]:
     """Lets the processes that a test starts be forked off a Python that has loaded libraries."""
-    monkeypatch.setattr(sys, "executable", forked_python())
+    with starting_forks():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +102,13 @@ def one_thread() -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def environment_of_libraries() -> Iterator[None]:
+    """Leaves the variables that libraries read at import as a test has found them."""
+    with kept_environment():
+        yield
 
 
 @pytest.fixture
@@ -164,7 +185,8 @@ def ray_cluster(ray_folder: Path, s3_access: S3Access) -> Iterator[None]:
                 num_cpus=4,
                 object_store_memory=200 * 2**20,
                 temp_dir=folder,
-                preload=("workers.build", *WAN_TRAITS.modules),
+                # The last one for trials of a sweep.
+                preload=("workers.build", *WAN_TRAITS.modules, "pipelines.distillation.run"),
             )
         )
         patch.undo()

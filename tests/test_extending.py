@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.objectives import Objective
 from sgmd_core.types import detached
 from tests.helpers.families import write_package
+from tests.helpers.forked_python import forked_python
 from tests.helpers.huber import PseudoHuberObjective
 from tests.helpers.small_network import (
     SmallNetwork,
@@ -43,7 +43,7 @@ def block(section: str, language: str) -> str:
 def run_python(folder: Path, *arguments: str) -> str:
     path = os.pathsep.join([str(folder), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [forked_python(), *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tests.benchmarks.on_gpu import (
     step,
     truths,
 )
+from tests.helpers.forked_python import forked_python, starting_forks
 from workers.network_settings import ComputeSettings
 
 KEYS = {
@@ -42,7 +42,7 @@ KEYS = {
 
 def check(folder: Path, *arguments: str) -> str:
     """What the command prints; it must not fail, whatever its steps do."""
-    command = [sys.executable, "benchmarks/gpu_check.py", "--cpu", "--folder", str(folder)]
+    command = [forked_python(), "benchmarks/gpu_check.py", "--cpu", "--folder", str(folder)]
     done = subprocess.run(
         [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
     )
@@ -54,7 +54,7 @@ def check(folder: Path, *arguments: str) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all steps have found; those that need the roles in this process, which has them."""
     found = tmp_path_factory.mktemp("gpu-check")
-    with warnings.catch_warnings():
+    with starting_forks(), warnings.catch_warnings():
         # As in the processes that steps have to themselves, warnings are no errors.
         warnings.simplefilter("ignore")
         for name in KEYS:
@@ -95,6 +95,7 @@ def test_what_the_steps_find_on_a_cpu_is_right(folder):
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_libraries")
 def test_roles_in_actors_of_their_own_make_the_losses_of_one_process(tmp_path):
     gpu_check.main(["--cpu", "--folder", str(tmp_path), "--step", "pools"])
     document = step.read(tmp_path, "pools")
@@ -155,10 +156,10 @@ def test_a_failing_step_says_why_and_the_next_one_runs(tmp_path):
 
 @pytest.mark.slow
 def test_a_step_over_its_time_is_stopped_and_what_is_left_is_skipped(tmp_path):
-    check(tmp_path, "--total", "1.5", "--only", "stages", "iteration")
-    found = {name: step.read(tmp_path, name) for name in ("stages", "iteration")}
-    assert found["stages"]["status"] == "stopped"
-    assert "over its" in found["stages"]["why"]
+    check(tmp_path, "--total", "1.5", "--only", "truths", "iteration")
+    found = {name: step.read(tmp_path, name) for name in ("truths", "iteration")}
+    assert found["truths"]["status"] == "stopped"
+    assert "over its" in found["truths"]["why"]
     assert found["iteration"]["status"] == "skipped"
     assert "spent" in found["iteration"]["why"]
 

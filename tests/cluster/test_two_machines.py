@@ -2,11 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.helpers.forked_python import forked_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.two_machines"],
+        [forked_python(), "-m", "tests.cluster.two_machines"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -250,11 +250,17 @@ def main() -> None:
 
 
 @contextmanager
-def two_machines() -> Iterator[tuple[Cluster, Callable[..., Any]]]:
-    """The cluster and a way to add a machine; `side` is a label of each, left that of the head."""
+def two_machines(
+    modules: Sequence[str] = MODULES,
+) -> Iterator[tuple[Cluster, Callable[..., Any]]]:
+    """The cluster and a way to add a machine; `side` is a label of each, left that of the head.
+
+    Args:
+        modules: What their workers are forked with.
+    """
     node = {"num_cpus": CPUS, "object_store_memory": 100 * 2**20}
     head = {**node, "labels": {"side": "left"}, "_system_config": HEALTH_CHECK}
-    with serve_forks(MODULES) as python:
+    with serve_forks(modules) as python:
         cluster = Cluster()
 
         def add(**settings: Any) -> Any:

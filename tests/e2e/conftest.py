@@ -22,6 +22,11 @@ from workers.models.wan_text import load_text
 MakeRecipe = Callable[..., DistillConfig]
 
 
+@pytest.fixture(autouse=True)
+def forked(forked_libraries: None) -> None:
+    """Every process that a test here starts has its libraries already."""
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`train/` and `held_out/`: shards of rendered clips with real mp4 inside."""

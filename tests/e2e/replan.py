@@ -20,6 +20,7 @@ from pipelines.distillation.groups import Groups
 from pipelines.run.observer import RunObserver
 from pipelines.run.records import IterationRecord
 from tests.cluster.two_machines import two_machines
+from workers.models.families import modules_of
 
 OPENED: list[Groups] = []
 open_groups = runs.open_groups
@@ -48,8 +49,10 @@ def main() -> None:
     """Runs the recipe on two machines."""
     recipe, *settings = sys.argv[1:]
     runs.open_groups = remembered
-    with two_machines() as (cluster, _), start_ray(cluster.address):
-        runs.distill(load_recipe(recipe, settings), observer=Losing())
+    config = load_recipe(recipe, settings)
+    modules = modules_of(config.model.folder)
+    with two_machines(modules) as (cluster, _), start_ray(cluster.address):
+        runs.distill(config, observer=Losing())
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pipelines.run.working_copy import working_copy
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_stopping import run
 from tests.helpers.faulty_proxy import ProxyBook, Trouble
+from tests.helpers.forked_python import kill
 from tests.helpers.s3_server import S3Server, use_server
 
 FILES = ("metrics.jsonl", "validation.jsonl", "ledger/000000000.jsonl", "shards.jsonl")
@@ -137,8 +138,7 @@ def test_a_run_goes_on_after_kill_9_and_through_an_outage_with_the_same_bits(
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    kill(process)
     start = max(Checkpoints(str(there / "checkpoints")).steps())
     end = f"iterations={start + 8}"
     cloud = make_recipe(*settings, end, "output=s3://runs/second")

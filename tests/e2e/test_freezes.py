@@ -18,7 +18,7 @@ from pipelines.run.observer import RunObserver
 from pipelines.run.records import IterationRecord, RunEvent
 from tests.e2e.conftest import MakeRecipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 WATCH_S = 6.0
 PATIENCE_S = 120.0

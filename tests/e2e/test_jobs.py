@@ -23,7 +23,7 @@ from tests.e2e.processes import ROOT
 from tests.helpers import tiny_wan
 from tests.helpers.secrets import files_with, plant
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("forked_libraries")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_a_submitted_job_distils_and_leaves_its_run_behind(

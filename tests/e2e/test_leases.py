@@ -26,6 +26,7 @@ from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT
 from tests.e2e.test_equivalence import history
 from tests.e2e.test_stopping import ENDLESS, start
+from tests.helpers.forked_python import forked_process, kill
 from tests.helpers.video_files import grey_frames, video_file
 from tests.pipelines.pretraining.test_pretrain import micro_config
 
@@ -65,7 +66,7 @@ def test_a_second_resume_of_a_running_run_is_refused_and_the_first_goes_on(
 ) -> None:
     config = make_recipe("name=busy", f"iterations={ENDLESS}", "checkpoint.every=2")
     process = start(config, tmp_path)
-    with pytest.raises(LeaseError, match=rf"process {process.pid}"):
+    with pytest.raises(LeaseError, match=rf"process {forked_process(process.pid)} "):
         distill(config, resume=True)
     before = len(history(config))
     deadline = time.monotonic() + 60
@@ -73,8 +74,7 @@ def test_a_second_resume_of_a_running_run_is_refused_and_the_first_goes_on(
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)
-    process.kill()
-    process.wait()
+    kill(process)
     # Free at once, and whole: every iteration stands in the log once.
     done = [line["iteration"] for line in history(config)]
     assert done == list(range(len(done)))

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT, run_cli
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every, serve_faulty
+from tests.helpers.forked_python import kill
 from tests.helpers.s3_server import serve_s3, use_server
 
 ITERATIONS = 18
@@ -51,8 +51,7 @@ def start_and_kill(config: DistillConfig, after_iterations: int) -> None:
         assert process.poll() is None, recipe.with_suffix(".log").read_text()
         assert time.monotonic() < end
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
+    kill(process)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from pipelines.run.records import IterationRecord, RunEvent
 from tests.e2e.conftest import MakeRecipe
 from workers.generator_learner import GeneratorLearner
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 COMMON = ("iterations=7", "validation.every=2", "checkpoint.every=3", "checkpoint.keep_best=2")
 MID_ITERATION_S = 0.02

@@ -69,7 +69,6 @@ def test_a_pool_for_all_roles_asks_for_the_most_that_one_of_them_did(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_libraries")
 def test_a_run_that_no_machine_comes_back_for_goes_on_with_a_smaller_topology(
     make_recipe: MakeRecipe, recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -40,7 +40,6 @@ def test_a_planted_secret_is_in_no_file_of_a_run_and_its_report(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_libraries")
 def test_a_planted_secret_is_in_no_file_of_a_sweep_nor_in_what_it_prints(
     recipe_file: Path, tmp_path: Path, ray_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

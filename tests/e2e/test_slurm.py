@@ -19,7 +19,7 @@ from pipelines.cli import app
 from pipelines.run.folder import RunFolder, read_jsonl
 from tests.e2e.processes import ROOT
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("forked_libraries")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SRUN = '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
 SCONTROL = """#!/bin/bash

@@ -19,6 +19,7 @@ from sgmd_core.errors import StopRequestedError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT
 from tests.e2e.test_equivalence import history, moments, state
+from tests.helpers.forked_python import forked_process
 from tests.helpers.moves import assert_moves
 
 ENDLESS = 100_000
@@ -75,7 +76,7 @@ def test_a_stopped_run_saves_its_state_and_goes_on_with_the_same_bits(
     config = make_recipe("name=stopped", *settings, f"checkpoint.stop_after_s={limit_s}")
     process = start(config, tmp_path)
     # As Ctrl-C in a terminal, `timeout` and `scancel` do it: Ray's processes are sent it too.
-    os.killpg(process.pid, number)
+    os.killpg(forked_process(process.pid), number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == code, output
     assert "Traceback" not in output
@@ -104,7 +105,7 @@ def test_a_run_that_is_stopped_while_its_roles_start_leaves_nothing_behind(
         said += line
         if "starting the roles" in line:
             break
-    running = psutil.Process(process.pid)
+    running = psutil.Process(forked_process(process.pid))
     deadline = time.monotonic() + 120
     while mode == "pools" and not any("raylet" in one.name() for one in running.children()):
         assert time.monotonic() < deadline

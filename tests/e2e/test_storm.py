@@ -15,7 +15,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 FAULTS = {2: "kill generator", 4: "server busy", 8: "driver"}
 
 
-@pytest.mark.usefixtures("forked_libraries")
 def test_a_run_goes_through_a_storm_to_the_bits_of_a_calm_one(tmp_path):
     found = chaos.measure(FAULTS, 0, tmp_path)["results"]
     storm = found["storms"]["pools"]

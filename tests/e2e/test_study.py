@@ -85,7 +85,6 @@ def figures(folder: Path) -> dict[tuple[str, str, str], str]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_libraries")
 def test_a_study_killed_at_an_address_goes_on_there_and_ends_with_the_figures_of_a_disk(
     make_recipe: MakeRecipe, tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.sweeping.run import sweep
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
-from tests.helpers.forked_python import forked_process
+from tests.helpers.forked_python import processes_below
 from tests.helpers.shards import write_folder
 
 GRID = (
@@ -96,7 +96,7 @@ def test_a_trial_may_have_pools_of_its_own(make_recipe: MakeRecipe, ray_cluster:
 
 def processes_of_trials() -> set[psutil.Process]:
     found = set()
-    for process in psutil.Process().children(recursive=True):
+    for process in processes_below(os.getpid()):
         with suppress(psutil.Error):
             if "".join(process.cmdline()).startswith("ray::ImplicitFunc"):
                 found.add(process)
@@ -156,7 +156,6 @@ def cursors(run: Path) -> list[dict[str, int]]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_libraries")
 def test_a_sweep_whose_processes_are_all_killed_goes_on_and_runs_no_finished_trial_again(
     recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -224,8 +223,7 @@ def wait_until(is_so: Callable[[], object], timeout_s: float = 180.0) -> None:
 
 def kill_tree(pid: int) -> None:
     """Kills a process and all below it, as a machine does that loses its power."""
-    top = psutil.Process(forked_process(pid))
-    tree = [psutil.Process(pid), top, *top.children(recursive=True)]
+    tree = [psutil.Process(pid), *processes_below(pid)]
     for process in tree:
         with suppress(psutil.Error):
             process.kill()

@@ -47,7 +47,6 @@ def files_below(folder: Path) -> list[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_libraries")
 def test_a_sweep_at_an_address_is_that_of_a_disk_also_after_kill_9_of_everything(
     server: S3Server,
     make_recipe: MakeRecipe,

@@ -20,6 +20,7 @@ from pipelines.sweeping.run import sweep
 from pipelines.sweeping.search import require_pb2
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
+from tests.helpers.forked_python import processes_below
 
 ROOT = Path(__file__).parents[2]
 # Not in the environment, where transformers would load scipy in every process.
@@ -71,7 +72,6 @@ def test_a_population_without_its_libraries_is_refused() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.skipif(not PB2_LIBRARIES.exists(), reason="no libraries of PB2: `make setup`")
-@pytest.mark.usefixtures("forked_libraries")
 def test_the_worst_of_a_population_goes_on_from_the_state_of_a_better_one(
     recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -109,7 +109,7 @@ def test_the_worst_of_a_population_goes_on_from_the_state_of_a_better_one(
 
 def service_processes() -> list[psutil.Process]:
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in processes_below(os.getpid()):
         with suppress(psutil.Error):
             if "".join(process.cmdline()).startswith("ray::ServiceHost"):
                 found.append(process)

@@ -1,8 +1,9 @@
 """Stands for the Python interpreter: has a process forked, and ends as that process ends.
 
-It runs before anything is imported:
+It runs before anything is imported, as the executable of which this is the text, beside the socket
+of the server:
 
-    forked_client.py SOCKET ARGUMENTS...
+    python ARGUMENTS...
 
 What the server does not know (an option of the interpreter, a terminal, another environment), and
 what comes when there is none, is started by the interpreter itself. Signals go on to the process,
@@ -12,6 +13,7 @@ and whoever kills this one kills it.
 import json
 import os
 import resource
+import shlex
 import signal
 import socket
 import sys
@@ -26,7 +28,8 @@ _LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.start
 
 def main() -> None:
     """Runs until the process has ended."""
-    address, *arguments = sys.argv[1:]
+    own, *arguments = sys.argv
+    address = str(Path(own).with_name("socket"))
     start = _without_setup(_start(arguments))
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     if start is None or os.isatty(0) or not _asked(server, address, start):
@@ -67,6 +70,9 @@ def main() -> None:
 
 def _start(arguments: list[str]) -> list[str] | None:
     """Returns a start that can be forked: -m MODULE, -c CODE or a script; None for any other."""
+    if arguments[:1] == ["-B"] and os.environ.get("PYTHONDONTWRITEBYTECODE"):
+        # So `multiprocessing` passes a variable on, which is the server's as well.
+        arguments = arguments[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-m", "-c")):
         return None
     if arguments[0] == "-c" and arguments[1:2] and arguments[1].startswith("-"):
@@ -90,8 +96,14 @@ def _without_setup(start: list[str] | None) -> list[str] | None:
         return start
     found = [word.removeprefix(_CONTEXT) for word in start if word.startswith(_CONTEXT)]
     context = json.loads(found[0]) if found else {}
-    if context.get("command_prefix"):
-        return None
+    # Of a job with files of its own: ["cd", FOLDER, "&&"], its folder quoted.
+    match context.get("command_prefix") or []:
+        case []:
+            pass
+        case ["cd", folder, "&&"]:
+            os.chdir(*shlex.split(folder))
+        case _:
+            return None
     os.environ.update(context.get("env_vars") or {})
     return [word for word in start[1:] if not word.startswith((_CONTEXT, "--language="))]
 

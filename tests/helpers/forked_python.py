@@ -11,28 +11,31 @@ Modules of this project are never among them, so a process reads those that its 
       process   a session of its own; ends when its client is gone
 
 Not among the libraries are Ray, which keeps the environment in which it was imported, and what
-starts threads.
+starts threads, such as pyarrow.
 """
 
 import atexit
 import json
+import multiprocessing.spawn
 import os
 import resource
 import runpy
 import selectors
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from select import select
 from typing import Any
+
+import psutil
 
 PYTHON = sys.executable
 """The interpreter itself, for what must not be forked."""
@@ -49,17 +52,14 @@ _LIBRARIES = (
     "diffusers.models.autoencoders.autoencoder_kl_wan",
     "diffusers.schedulers.scheduling_unipc_multistep",
     "transformers.models.umt5.modeling_umt5",
-    "transformers.models.t5.tokenization_t5_fast",
+    "transformers.models.t5.tokenization_t5",
     "ftfy",
-    "pyarrow.parquet",
-    "pyarrow.compute",
     "s3fs",
     "yaml",
     "PIL.Image",
     "diffusers.schedulers.scheduling_flow_match_euler_discrete",
     "diffusers.pipelines.wan.pipeline_wan",
     "transformers.models.auto",
-    "pyarrow.dataset",
     "boto3",
     "av",
     "cv2",
@@ -69,6 +69,7 @@ _LIBRARIES = (
     "packaging.version",
     "tqdm",
 )
+_SHARED = "SGMD_TESTS_FORKED_PYTHON"
 _COMMANDS = {"sgmd": "pipelines.cli", "ray": "ray.scripts.scripts"}
 _READ_AT_IMPORT = (
     *("HF_", "HUGGINGFACE", "TRANSFORMERS_", "DIFFUSERS_", "ACCELERATE_", "TORCH", "PYTORCH_"),
@@ -77,16 +78,26 @@ _READ_AT_IMPORT = (
     *("LC_ALL", "HOME", "TF_", "USE_", "KMP_", "MALLOC_", "FSSPEC_"),
 )
 """Beginnings of names of variables that libraries read when they are imported."""
-_READ_AT_USE = {"HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "PYTHONPATH"}
+_READ_AT_USE = {"HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "PYTHONPATH", "CUDA_VISIBLE_DEVICES"}
+_NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
+"""Commands set it before they import what reads it, and so does the server."""
+_OF_ANOTHER_OPENMP = {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
+"""Variables that scikit-learn sets for Intel's OpenMP; what torch brings is GNU's."""
+_MAY_DIFFER = {*_READ_AT_USE, *_OF_ANOTHER_OPENMP, _NO_BARS}
 
 
 @cache
 def forked_python() -> str:
-    """Path of an executable that stands for Python; its server lives as long as this process."""
+    """Path of an executable that stands for Python; its server lives as long as this process.
+
+    Processes of tests side by side share the server of the one that has started them.
+    """
+    if shared := os.environ.get(_SHARED):
+        return shared
     folder = tempfile.TemporaryDirectory(prefix="py-", dir="/tmp", ignore_cleanup_errors=True)
     address, executable = Path(folder.name, "socket"), Path(folder.name, "python")
-    client = [PYTHON, "-I", "-S", str(_CLIENT), str(address)]
-    executable.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
+    # Without a shell, which would change the environment.
+    executable.write_text(f"#!{PYTHON} -IS\n{_CLIENT.read_text()}")
     executable.chmod(0o700)
     # Programs are looked for beside the interpreter.
     for program in Path(PYTHON).parent.iterdir():
@@ -100,6 +111,7 @@ def forked_python() -> str:
         listener.bind(str(address))
         listener.listen(128)
         environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+        environment[_NO_BARS] = "1"
         server = subprocess.Popen(
             [PYTHON, __file__, str(listener.fileno()), str(executable)],
             cwd=folder.name,
@@ -123,17 +135,60 @@ def forked_python() -> str:
     return str(executable)
 
 
+def share_forked_python() -> None:
+    """Lets the processes that this one will start share the server, which costs nothing unused."""
+    os.environ[_SHARED] = forked_python()
+
+
+@contextmanager
+def starting_forks() -> Iterator[None]:
+    """What this process starts until the block ends is forked, also by `multiprocessing`."""
+    own, spawned = sys.executable, multiprocessing.spawn.get_executable()
+    sys.executable = forked_python()
+    multiprocessing.set_executable(sys.executable)
+    try:
+        yield
+    finally:
+        sys.executable = own
+        multiprocessing.set_executable(spawned)
+
+
 def forked_process(pid: int) -> int:
     """The process that was forked for a client; any other process is its own."""
     name = Path(f"/proc/{pid}/comm").read_text().strip()
-    return int(name.removeprefix("for-")) if name.startswith("for-") else pid
+    return int(name.removeprefix("for-")) or pid if name.startswith("for-") else pid
+
+
+def processes_below(pid: int) -> list[psutil.Process]:
+    """Descendants of a process; below a client is what was forked for it, whose parent is not."""
+    found: dict[int, psutil.Process] = {}
+    parents = [pid]
+    while parents:
+        parent = parents.pop()
+        with suppress(psutil.Error, OSError):
+            below = psutil.Process(parent).children()
+            if (forked := forked_process(parent)) != parent:
+                below.append(psutil.Process(forked))
+            parents += [child.pid for child in below if child.pid not in found]
+            found |= {child.pid: child for child in below}
+    return list(found.values())
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """Kills what was forked for a client, as a power cut would; returns when both are gone.
+
+    Who kills the client itself kills both as well, but may go on before the other one is gone.
+    """
+    with suppress(ProcessLookupError):
+        os.kill(forked_process(process.pid), signal.SIGKILL)
+    process.wait(30)
 
 
 class _Server:
     """Forks a process a request; tells each client how its process has ended."""
 
-    def __init__(self, listener: socket.socket, environment: dict[str, str]) -> None:
-        self._listener, self._environment = listener, environment
+    def __init__(self, listener: socket.socket, *environments: dict[str, str]) -> None:
+        self._listener, self._environments = listener, environments
         self._select = selectors.DefaultSelector()
         self._select.register(0, selectors.EVENT_READ)
         self._select.register(listener, selectors.EVENT_READ)
@@ -161,7 +216,7 @@ class _Server:
         files: list[int] = []
         try:
             request = _receive(client, files)
-            if not _is_same(request["environment"], self._environment):
+            if not _is_same(request["environment"], self._environments):
                 client.sendall(b"-")
                 raise ValueError("another environment")
             client.sendall(b"+")
@@ -226,13 +281,33 @@ def _receive(client: socket.socket, files: list[int]) -> dict[str, Any]:
     return json.loads(b"".join(parts))
 
 
-def _is_same(environment: dict[str, str], ours: dict[str, str]) -> bool:
-    """Returns True if the libraries would read what the server's have read."""
+def _is_same(environment: dict[str, str], ours: Sequence[dict[str, str]]) -> bool:
+    """Returns True if the libraries would read what the server's have read, or have set."""
     return all(
-        environment.get(name) == ours.get(name)
-        for name in {*environment, *ours}
-        if name.startswith(_READ_AT_IMPORT) and name not in _READ_AT_USE
+        environment.get(name) in [own.get(name) for own in ours]
+        for name in {*environment, *(name for own in ours for name in own)}
+        if _is_read_at_import(name)
     )
+
+
+def _is_read_at_import(name: str) -> bool:
+    return name.startswith(_READ_AT_IMPORT) and name not in _MAY_DIFFER
+
+
+@contextmanager
+def kept_environment() -> Iterator[None]:
+    """Takes back what libraries write into the environment, as torch does when it compiles.
+
+    A process that is started with other variables cannot be forked.
+    """
+    before = {name: text for name, text in os.environ.items() if _is_read_at_import(name)}
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if _is_read_at_import(name)]:
+            if name not in before:
+                del os.environ[name]
+        os.environ.update(before)
 
 
 def _become(request: dict[str, Any], executable: str) -> None:
@@ -256,6 +331,7 @@ def _become(request: dict[str, Any], executable: str) -> None:
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     sys.executable = executable
+    multiprocessing.set_executable(executable)
     how, *rest = request["start"]
     found = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     first = str(Path(how).resolve().parent) if how not in ("-m", "-c") else ""
@@ -294,6 +370,8 @@ def _run(listener: socket.socket, executable: str) -> None:
 
     # Some libraries set variables.
     environment = dict(os.environ)
+    if listener not in select([listener, sys.stdin], [], [])[0]:
+        return  # The tests have ended, and nobody has asked.
     gc.disable()
     for library in _LIBRARIES:
         with suppress(Exception):
@@ -301,8 +379,9 @@ def _run(listener: socket.socket, executable: str) -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
-    assert threading.active_count() == 1
-    request = _Server(listener, environment).serve()
+    # What forks has one thread: a lock that another one holds would stay closed for ever.
+    assert len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208
+    request = _Server(listener, environment, dict(os.environ)).serve()
     if request is not None:
         _become(request, executable)
 

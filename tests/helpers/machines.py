@@ -7,14 +7,14 @@
 Every machine is a raylet in namespaces of network, processes and mounts: `disk` is one path, behind
 which each has a folder of its own, with Ray's files, caches and whatever a program writes there.
 All else of the file system is shared, as an image would be. The tests' process is a laptop beside
-the cluster: it reaches the dashboard, and has no disk of a machine.
+the cluster: it reaches the dashboard, and has no disk of a machine. What is forked off a server
+would be outside the namespaces, so the interpreter itself starts every process of a machine.
 """
 
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
+
+from tests.helpers.forked_python import PYTHON
 
 PORT, DASHBOARD = 6379, 8265
 _START_S = 180.0
@@ -110,7 +112,7 @@ class Machines:
         role = ["--head", f"--port={PORT}", f"--system-config={_HEALTH}"]
         role += ["--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD}"]
         command = [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
+            *(PYTHON, "-m", "ray.scripts.scripts", "start", "--block"),
             *(role if is_head else [f"--address={self.gcs}"]),
             *(f"--node-ip-address={address}", f"--num-cpus={cpus}", "--num-gpus=0"),
             f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}",
@@ -123,7 +125,7 @@ class Machines:
         inside = [*apart, "sh", "-c", mounted, "sh", *command]
         environment = {**os.environ, **self.environment, **variables}
         environment |= {"XDG_CACHE_HOME": str(self.disk / "cache")}
-        environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment |= {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
         environment.pop("RAY_ADDRESS", None)
         with (self._root / f"{name}.log").open("w") as log:
             raylet = subprocess.Popen(

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from tests.helpers.forked_python import starting_forks
 from workers.models.wan_family import WAN_TRAITS
 
 PRELOADED = ("workers.build", "torch.distributed.fsdp", *WAN_TRAITS.modules)
@@ -29,7 +30,8 @@ def on_ranks(size: int, function: Callable[..., Any], folder: Path, *args: objec
     # Modules of the tests are not found by the process that forks: it knows installed ones alone.
     multiprocessing.set_forkserver_preload([*PRELOADED])
     arguments = (size, function, folder, args)
-    multiprocessing.start_processes(_enter, arguments, nprocs=size, start_method="forkserver")
+    with starting_forks():
+        multiprocessing.start_processes(_enter, arguments, nprocs=size, start_method="forkserver")
     return [torch.load(_result(folder, rank), weights_only=True) for rank in range(size)]
 
 

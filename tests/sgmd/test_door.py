@@ -12,13 +12,14 @@ import pytest
 import sgmd
 from pipelines.config.methods import METHODS, load_method, method_name, methods_table
 from sgmd_core.errors import ConfigError
+from tests.helpers.forked_python import forked_python
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_python(*arguments: str) -> str:
+def run_python(*arguments: str, python: str = sys.executable) -> str:
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [python, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -66,7 +67,7 @@ def test_the_mathematics_needs_neither_ray_nor_diffusers():
 def test_the_example_learns_the_gaussian_in_at_most_thirty_lines():
     path = ROOT / "examples" / "gaussian.py"
     assert len(path.read_text().splitlines()) <= 30
-    words = run_python(str(path)).replace(",", "").split()
+    words = run_python(str(path), python=forked_python()).replace(",", "").split()
     mean, std = float(words[1]), float(words[5])
     assert (mean, std) == (pytest.approx(0.7, abs=0.03), pytest.approx(0.5, abs=0.03))
 

@@ -411,6 +411,9 @@ def saving(roles: Roles, folder: Path) -> None:
     target = str(folder / f"saved-{roles.generator._optimizer.updates}")
     roles.generator.save(target)
     roles.fake_score.save(target)
+    if dist.is_initialized():
+        # The first rank writes; in a run the controller waits for it.
+        dist.barrier()
     loading(roles, folder)
     roles.generator.load(target)
     roles.fake_score.load(target)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.doctoring.findings import Finding, Status, summarize_machines
+from tests.helpers.forked_python import forked_python
 
 ROOT = Path(__file__).parents[3]
 
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def told() -> dict[str, list]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.pipelines.doctoring.two_machines"],
+        [forked_python(), "-m", "tests.pipelines.doctoring.two_machines", sys.executable],
         cwd=ROOT,
         capture_output=True,
         text=True,

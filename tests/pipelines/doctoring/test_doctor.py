@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from cluster.inventory import memory_bytes
 from pipelines.config.recipe import load_recipe
 from pipelines.doctoring.examine import examine
 from pipelines.doctoring.findings import Finding, Status
+from tests.helpers.forked_python import forked_python
 
 
 def finding(name: str, **places: str) -> Finding:
@@ -104,7 +104,7 @@ def test_a_long_temporary_folder_is_noticed(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.ray
 def test_a_cluster_that_does_not_answer_is_missing():
     # In a process of its own: one that other tests have connected to Ray asks nobody.
-    command = [sys.executable, "-m", "pipelines.cli", "doctor", "--address", "127.0.0.1:1"]
+    command = [forked_python(), "-m", "pipelines.cli", "doctor", "--address", "127.0.0.1:1"]
     result = subprocess.run(
         [*command, "--json"], capture_output=True, text=True, check=False, timeout=200
     )
@@ -122,7 +122,7 @@ def test_a_wrong_token_is_told_before_ray_tries_it():
 
     address = ray.get_runtime_context().gcs_address
     result = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "doctor", "--address", address, "--json"],
+        [forked_python(), "-m", "pipelines.cli", "doctor", "--address", address, "--json"],
         capture_output=True,
         text=True,
         check=False,

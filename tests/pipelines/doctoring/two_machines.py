@@ -1,7 +1,8 @@
 """`examine` on a cluster; a program, because a process joins one cluster only.
 
 Prints the findings as JSON. Every core is reserved. Of four machines, one has another version of a
-package, and one has no torch. All are this one: they share its disks and its clock.
+package, and one has no torch. All are this one: they share its disks and its clock. The interpreter
+of those two is given, because this one may be forked off a process that has imported both.
 """
 
 import json
@@ -9,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import pytest
 
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
@@ -34,8 +37,11 @@ def main() -> None:
     """Looks at the cluster."""
     with TemporaryDirectory() as name, two_machines() as (cluster, _):
         folder, free = Path(name), {"num_cpus": 0, "object_store_memory": 100 * 2**20}
-        cluster.add_node(**free, env_vars=with_file(folder / "old", *OLD))
-        cluster.add_node(**free, env_vars=with_file(folder / "bare", *NO_TORCH))
+        with pytest.MonkeyPatch.context() as patch:
+            # What these import is what counts.
+            patch.setattr(sys, "executable", sys.argv[1])
+            cluster.add_node(**free, env_vars=with_file(folder / "old", *OLD))
+            cluster.add_node(**free, env_vars=with_file(folder / "bare", *NO_TORCH))
         with start_ray(cluster.address), reserve([Pool("all", 2 * CPUS)], WAIT_S):
             found = examine(
                 cluster.address,

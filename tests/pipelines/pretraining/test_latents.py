@@ -32,6 +32,7 @@ from pipelines.pretraining.loops import build_pretrained_teacher
 from pipelines.pretraining.run import pretrain
 from pipelines.pretraining.stages import autoencoder_of, require_autoencoder, stage_identities
 from sgmd_core.errors import ConfigError, DataError
+from tests.helpers.forked_python import kill
 from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.s3_server import S3Access, serve_s3, use_server
 from tests.pipelines.pretraining.test_pretrain import micro_config, write_clips
@@ -122,8 +123,7 @@ def test_a_run_at_an_address_goes_on_from_an_empty_disk_after_kill_9_with_the_sa
         try:
             wait_until(lambda: has_kept_a_state(there / "run" / "ray" / "denoiser"))
         finally:
-            first.kill()
-            first.wait()
+            kill(first)
         assert not (there / "run" / "teacher").exists(), "it has come to its end"
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))

@@ -261,6 +261,7 @@ class TestFigures:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_libraries")
 def test_a_study_writes_tables_and_goes_on_where_it_was(tmp_path: Path):
     given = (
         f"output={tmp_path}",
@@ -292,6 +293,7 @@ def test_a_study_writes_tables_and_goes_on_where_it_was(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_libraries")
 def test_a_study_at_an_address_is_that_of_a_disk_and_goes_on_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

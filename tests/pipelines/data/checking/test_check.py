@@ -104,12 +104,14 @@ class TestGoodSets:
         assert report.captions["characters"]["max"] == max(map(len, captions))
 
     @pytest.mark.slow
+    @pytest.mark.usefixtures("forked_libraries")
     def test_processes_find_the_same_as_none(self, clips):
         damage(shards_of(clips)[1], "video", 3, b"broken")
         reports = [check_shards(str(clips), CheckOptions(num_processes=n)) for n in (0, 2)]
         assert reports[0] == reports[1]
 
     @pytest.mark.slow
+    @pytest.mark.usefixtures("forked_libraries")
     def test_a_video_whose_decoding_hangs_costs_its_row(self, clips):
         shard = shards_of(clips)[1]
         damage(shard, "video", 3, encode_mp4(np.zeros((5, 48, 48, 3), np.uint8), 8))

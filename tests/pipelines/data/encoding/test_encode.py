@@ -3,9 +3,7 @@
 import json
 import os
 import pickle
-import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +36,7 @@ from pipelines.shapes import ClipSplit, captions, write_shards
 from sgmd_core.errors import ConfigError, DataError, ShapeError
 from tests.e2e.processes import ROOT
 from tests.helpers import tiny_wan
+from tests.helpers.forked_python import forked_python, kill
 from tests.helpers.hanging import HANG, OddDecoder
 from tests.helpers.shards import byte_strings, write_folder
 from workers.models.wan import load_vae
@@ -366,7 +365,7 @@ class TestWriter:
 
 def run_encode(source: Path, target: Path, model: str) -> subprocess.Popen[str]:
     command = [
-        *(sys.executable, "-m", "pipelines.cli", "encode", str(source), str(target)),
+        *(forked_python(), "-m", "pipelines.cli", "encode", str(source), str(target)),
         *("--model", model, "--num-frames", str(tiny_wan.NUM_FRAMES)),
         *("--height", str(tiny_wan.HEIGHT), "--width", str(tiny_wan.WIDTH), "--fps", "8"),
         *("--text-length", str(tiny_wan.TEXT_LENGTH), "--shard-clips", "8"),
@@ -396,8 +395,7 @@ def encoded(
     while not any(progress.glob("*.json")):
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    kill(killed)
     assert not (target / "_index.json").exists()
     options = replace(OPTIONS, max_bad_fraction=0.1, names=FOREIGN)
     return target, encode(str(foreign), str(target), model, options)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -32,6 +31,7 @@ from pipelines.data.shards.index import read_index
 from pipelines.data.shards.schema import ShardKind
 from sgmd_core.errors import DataError
 from tests.e2e.processes import ROOT
+from tests.helpers.forked_python import forked_process, kill
 from tests.helpers.s3_server import serve_s3, use_server
 from tests.helpers.video_files import grey_frames, real_clips, sound_file, video_file
 
@@ -123,6 +123,7 @@ class TestWhatIsTaken:
         assert rates["real/bikes.mp4"] == 25
 
     @pytest.mark.slow
+    @pytest.mark.usefixtures("forked_libraries")
     def test_processes_make_the_same_files_as_none(self, source, tmp_path):
         files = []
         for number, processes in enumerate((0, 2)):
@@ -495,6 +496,7 @@ class TestResuming:
         assert names == ["b.mp4", "c.mp4", "a.mp4"]
 
     @pytest.mark.slow
+    @pytest.mark.usefixtures("forked_libraries")
     def test_killed_in_the_middle_and_run_again_every_clip_is_there_once(self, tmp_path):
         video = real_clips()["carphone_distorted.mp4"].read_bytes()
         for number in range(48):
@@ -512,10 +514,9 @@ class TestResuming:
         while not progress.is_dir() or len(list(progress.glob("*.json"))) < 2:
             assert run.poll() is None
             time.sleep(0.01)
-        children = children_of(run.pid)
+        children = children_of(forked_process(run.pid))
         assert children
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+        kill(run)
         assert not (tmp_path / "set" / "_index.json").exists()
         # What a kill between a shard and its line in the journal leaves behind.
         (tmp_path / "set" / "part-00099.parquet.writing").write_bytes(b"torn")
@@ -636,6 +637,7 @@ def test_captions_are_found_by_their_usual_names(tmp_path, kind, column):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.usefixtures("forked_libraries")
 def test_json_files_beside_videos_have_one_field_for_all_of_them(tmp_path, processes):
     video = video_file(grey_frames([50, 100]))
     files = {

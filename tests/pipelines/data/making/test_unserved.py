@@ -121,6 +121,7 @@ def test_a_busy_server_changes_nothing_in_what_prepare_and_check_make(
         pytest.param("folder", "a.mp4", 2, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("forked_libraries")
 def test_one_object_that_is_refused_is_one_rejected_clip(
     through: Callable[..., ProxyBook], tmp_path: Path, name: str, bad: str, num_processes: int
 ) -> None:

@@ -25,6 +25,7 @@ from pipelines.data.stream.ray_stream import ReadAheadSettings
 from pipelines.data.stream.source import Source
 from sgmd_core.errors import DataError
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every, serve_faulty
+from tests.helpers.forked_python import forked_python
 from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3, use_server
 from tests.helpers.shards import write_folder
 
@@ -361,6 +362,8 @@ def test_a_process_ends_although_it_has_not_closed_its_feed(tmp_path: Path, read
         "from pipelines.data.stream.plan import ShuffleSettings\n"
         "from pipelines.data.stream.ray_stream import ReadAheadSettings\n"
         "from pipelines.data.stream.source import Source\n"
+        # The process is an interpreter of its own, those of its cluster need not be.
+        "sys.executable = sys.argv[3]\n"
         "ray = start_ray(num_cpus=2, object_store_memory=100 * 2**20)\n"
         "ray.__enter__()\n"
         "shuffle = ShuffleSettings(shards=2, row_groups=2)\n"
@@ -369,7 +372,7 @@ def test_a_process_ends_although_it_has_not_closed_its_feed(tmp_path: Path, read
         "feed = Feed(settings, FeedProgress(), 10_000)\n"
         "print(len(feed.take(50).captions))\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "set"), str(readers)]
+    command = [sys.executable, "-c", script, str(tmp_path / "set"), str(readers), forked_python()]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[4], capture_output=True, text=True, timeout=300
     )

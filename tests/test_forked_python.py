@@ -1,0 +1,178 @@
+"""Processes of tests are forked with their libraries; where that cannot be, they are started.
+
+Either way they are what a new interpreter would be to whoever starts, signals or kills them.
+"""
+
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from tests.helpers.forked_python import (
+    PYTHON,
+    forked_process,
+    forked_python,
+    kept_environment,
+    kill,
+    processes_below,
+    starting_forks,
+)
+
+LOADED = "import sys; print('torch' in sys.modules)"
+WAITING = """
+import signal, sys, time
+def heard(number, frame):
+    print("heard", number, flush=True)
+    sys.exit(7)
+signal.signal(signal.SIGTERM, heard)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+pytestmark = pytest.mark.slow
+
+
+def output(*arguments: str | Path, **settings: object) -> str:
+    return subprocess.run(
+        [forked_python(), *arguments], capture_output=True, text=True, check=True, **settings
+    ).stdout
+
+
+def waiting() -> subprocess.Popen[str]:
+    """A process that ends with 7 when it is asked to end."""
+    process = subprocess.Popen(
+        [forked_python(), "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def wait_for_end_of(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; print(os.getcwd(), sorted(os.environ), os.sysconf('SC_OPEN_MAX'))",
+        "import sys; print(sys.argv, sys.stdin.read(), file=sys.stderr); sys.exit(3)",
+        "import os; os.write(1, b'x' * 200_000); os._exit(5)",
+        "raise ValueError('wrong')",
+        "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        "import sys, signal; print(signal.getsignal(signal.SIGINT), sys.flags.dev_mode, __name__)",
+        "import __main__; print(sorted(name for name in vars(__main__) if name[0] != '_'))",
+    ],
+)
+def test_a_fork_ends_says_and_sees_what_a_new_interpreter_does(code: str, tmp_path: Path):
+    forked, fresh = (
+        subprocess.run(
+            [python, "-c", code, "-x", "two words"],
+            cwd=tmp_path,
+            env={"PATH": "/bin", **{name: os.environ[name] for name in os.environ if "_" in name}},
+            input="given",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for python in (forked_python(), PYTHON)
+    )
+    assert forked.returncode == fresh.returncode
+    assert forked.stdout == fresh.stdout
+    # Of a traceback, the lines of what was asked for.
+    assert forked.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
+
+
+def test_a_signal_to_the_client_is_one_to_the_fork_and_so_is_the_way_that_it_ends():
+    process = waiting()
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=20)
+    assert said == f"heard {signal.SIGTERM:d}\n"
+    assert process.returncode == 7
+    process = waiting()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+    assert errors.endswith("KeyboardInterrupt\n")
+
+
+def test_who_is_killed_is_gone_whether_it_is_the_client_or_the_fork():
+    process = waiting()
+    forked = forked_process(process.pid)
+    assert forked != process.pid
+    assert forked in {each.pid for each in processes_below(os.getpid())}
+    kill(process)
+    assert process.returncode == -signal.SIGKILL
+    assert not psutil.pid_exists(forked)
+    process = waiting()
+    forked = forked_process(process.pid)
+    process.kill()
+    process.wait(20)
+    wait_for_end_of(forked)
+
+
+def test_what_a_library_writes_into_the_environment_is_taken_back():
+    assert output("-c", LOADED) == "True\n"
+    with kept_environment():
+        # As torch does when it compiles; who sees it reads it at import.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = "/tmp/somewhere"
+        assert output("-c", LOADED) == "False\n"
+    assert output("-c", LOADED) == "True\n"
+
+
+def test_variables_of_commands_of_scikit_learn_and_of_gpus_are_no_other_environment(monkeypatch):
+    assert CliRunner().invoke(app, ["recipes", "list", "--json"]).exit_code == 0
+    assert output("-c", LOADED) == "True\n"
+    monkeypatch.setenv("KMP_INIT_AT_FORK", "FALSE")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert output("-c", LOADED) == "True\n"
+    monkeypatch.setenv("TORCH_LOGS", "")
+    assert output("-c", LOADED) == "False\n"
+
+
+def spawned() -> bool:
+    """Answer of a process of `multiprocessing` whether it began with the libraries."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(eval, ("'torch' in __import__('sys').modules",))
+
+
+def test_processes_of_multiprocessing_are_forked_until_the_block_ends():
+    assert not spawned()
+    with starting_forks():
+        assert sys.executable == forked_python()
+        assert spawned()
+    assert sys.executable == PYTHON
+    assert not spawned()
+
+
+def test_a_worker_of_a_job_is_forked_in_the_folder_of_its_files(tmp_path: Path):
+    folder = tmp_path / "a job's files"
+    folder.mkdir()
+    worker = tmp_path / "default_worker.py"
+    worker.write_text(f"{LOADED}; import os; print(os.getcwd(), os.environ['GIVEN'], sys.argv[1:])")
+    context = {
+        "command_prefix": ["cd", shlex.quote(str(folder)), "&&"],
+        "env_vars": {"GIVEN": "x"},
+    }
+    told = output(
+        tmp_path / "setup_worker.py",
+        worker,
+        "--number=1",
+        f"--serialized-runtime-env-context={json.dumps(context)}",
+        "--language=PYTHON",
+    )
+    assert told == f"True\n{folder} x ['--number=1']\n"
