@@ -144,6 +144,15 @@ def array_in(value: object, where: str = "result") -> str | None:
     return next((found for at, part in parts if (found := array_in(part, where + at))), None)
 
 
+def array_bytes(value: object) -> int:
+    """Bytes of all arrays in a tree that `to_wire` made."""
+    if isinstance(value, WireTensor):
+        return value.array.nbytes
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    return sum(array_bytes(part) for _, part in parts_of(value))
+
+
 def require_constants(value: object, where: str = "value") -> None:
     """Refuses a tree that leads into an autograd graph, without looking at any number.
 

@@ -41,7 +41,7 @@ from cluster.ray.progress import ProgressReporter, forget_report
 from cluster.ray.rendezvous import Rendezvous, join_rendezvous, open_rendezvous
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Label, Work, read_clock
-from cluster.transfer import array_in, from_wire, require_constants, to_wire
+from cluster.transfer import array_bytes, array_in, from_wire, require_constants, to_wire
 from sgmd_core.collector import paused_collector
 
 _COLLECTIVE_TIMEOUT_S = 600.0
@@ -235,6 +235,7 @@ class Host:
         self._unbuilt: dict[str, str] = {}
         self._ranks: dict[str, int] = {}
         self._kept: dict[int, object] = {}
+        self._received_bytes = 0
         self._store: Any = None
         self._works: deque[Work] = deque(maxlen=_MOST_WORK_KEPT)
         self._progress = ProgressReporter(self._ranks)
@@ -364,6 +365,10 @@ class Host:
         """Returns True if a result has stayed in this process; for tests."""
         return number in self._kept
 
+    def received_bytes(self) -> int:
+        """Bytes of all arrays that calls took from the wire; for tests."""
+        return self._received_bytes
+
     def process_id(self) -> int:
         """Id of this process."""
         return os.getpid()
@@ -373,7 +378,10 @@ class Host:
         return self._ranks.get(worker, self._rank)
 
     def _arrived(self, value: object) -> object:
-        return self._kept[value.number] if isinstance(value, LocalRef) else from_wire(value)
+        if isinstance(value, LocalRef):
+            return self._kept[value.number]
+        self._received_bytes += array_bytes(value)
+        return from_wire(value)
 
     def _portable(self, error: Exception, worker: str, method: str) -> Exception:
         """The error with a note of where, or its words if it cannot be rebuilt elsewhere."""

@@ -1,11 +1,14 @@
 """Groups that share processes hand values over in them; others get them when they ask."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import ray
 
+from benchmarks.dummies import make_dummy_worker, run_dummies
 from cluster.errors import (
     ControllerTensorError,
     StartTimeoutError,
@@ -17,7 +20,9 @@ from cluster.ray.group import RayWorkerGroup
 from cluster.ray.host import Hosts
 from cluster.ray.pools import Pool
 from cluster.ray.topology import Placement, reserve
+from cluster.schedule.simulate import Costs
 from cluster.spans import labelled
+from tests.cluster.schedule.test_dealing import MAPS, calls_of
 from tests.cluster.toys import WAIT_S, Singer, Toy, make_singer, make_sleepy, make_toy
 
 ray_only = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -123,6 +128,39 @@ class TestShared:
             with pytest.raises(WorkerDiedError) as caught:
                 group.fetch([group.call_rank(0, Toy.size_of, made)], WAIT_S, "counting")
             assert (caught.value.group, caught.value.rank) == ("one", 0)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_iteration_moves_the_bytes_that_its_schedule_counts():
+    """Two pools of two ranks, the teacher on both: what their processes took from others."""
+    num_bytes = Counter(rollout=25_000, denoise=8_000, signal=9_000)
+    teams, calls = MAPS["two pools"], calls_of("shared", "two pools", 5, 3, 0)
+    process = [teams[call.role].process(call.role, call.rank) for call in calls]
+    expected = Counter[tuple[str, int]]()
+    for call, here in zip(calls, process, strict=True):
+        apart = [calls[taken].stage for taken in call.inputs if process[taken] != here]
+        expected[here] += sum(num_bytes[stage] for stage in apart)
+    pools = [Pool(name, 2, cpus_per_rank=0.1) for name in ("a", "b")]
+    with ExitStack() as stack:
+        placement = stack.enter_context(reserve(pools, timeout_s=WAIT_S))
+        hosts = {pool.name: Hosts(pool.name, placement, shared=True) for pool in pools}
+        groups = {
+            role: stack.enter_context(RayWorkerGroup(role, make_dummy_worker, (), homes))
+            for role, homes in {
+                role: [hosts[home.pool] for home in teams[role].homes]
+                for role in {call.role for call in calls}
+            }.items()
+        }
+        for group in groups.values():
+            group.wait_ready(WAIT_S)
+        run_dummies(
+            calls, groups, Costs(lambda _: 0.0, lambda call: num_bytes[call.stage]), WAIT_S, teams
+        )
+        for (pool, rank), counted in expected.items():
+            actor = hosts[pool].actors[rank]
+            assert ray.get(actor.received_bytes.remote(), timeout=WAIT_S) == counted > 0
+    assert len(expected) == 4
 
 
 @pytest.mark.ray
