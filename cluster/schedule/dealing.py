@@ -14,6 +14,7 @@ Order and copies change no number: gradients are gathered in one order, copies h
 and a copy takes a micro-batch whole.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,7 +97,7 @@ _Places = tuple[tuple[_Place, ...], ...]
 """By stage and replica."""
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _deal(a_pass: Pass, places: _Places, num_micro_batches: int, depth: int) -> DealtPass:
     return _Search(_Graph(a_pass, num_micro_batches, depth), places).best()
 
@@ -174,21 +175,21 @@ class _Search:
         self._seconds = [[place.seconds for place in own] for own in places]
         self._pools = [[place.pool for place in own] for own in places]
         self._starts_left = _MOST_STARTS
+        self._ranks = [_ranks([rule(node) for node in graph.nodes]) for rule in self._rules()]
 
     def best(self) -> DealtPass:
         """The shortest schedule; of equally short ones the first that was tried."""
         tried = [
-            (self._schedule(choice, rule), choice)
+            (schedule, choice)
             for choice in self._beginnings()
-            for rule in self._rules()
+            for schedule in self._schedules(choice)
         ]
         found, choice = min(tried, key=lambda one: one[0].seconds)
         improved = True
         while improved and self._starts_left > 0:
             improved = False
             for changed in self._changes(choice):
-                for rule in self._rules():
-                    other = self._schedule(changed, rule)
+                for other in self._schedules(changed):
                     if other.seconds < _SHORTER * found.seconds:
                         found, choice, improved = other, changed, True
                 if improved or self._starts_left <= 0:
@@ -264,37 +265,80 @@ class _Search:
                         changed[tied[at], index] = replica
                     yield changed
 
-    def _schedule(self, choice: _Choice, rule: _Rule) -> DealtPass:
-        """Works through the pass: the next node is the one that can start first."""
+    def _schedules(self, choice: _Choice) -> list[DealtPass]:
+        """Works through the pass by each rule: the next node is the one that can start first."""
         graph = self._graph
-        self._starts_left -= len(graph.nodes)
-        waits = {node: set(graph.before(node, choice.__getitem__)) for node in graph.nodes}
-        after: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
-        for node, earlier in waits.items():
-            for before in earlier:
-                after[before].append(node)
-        ready = {node: 0.0 for node, earlier in waits.items() if not earlier}
-        arrived = dict.fromkeys(graph.nodes, 0.0)
-        free: dict[str, float] = {}
-        order: list[Node] = []
+        before = [set(graph.before(node, choice.__getitem__)) for node in graph.nodes]
+        after: dict[Node, list[int]] = {node: [] for node in graph.nodes}
+        for number, earlier in enumerate(before):
+            for node in earlier:
+                after[node].append(number)
+        replicas = [choice[node] for node in graph.nodes]
+        chosen = list(zip(graph.nodes, replicas, strict=True))
+        walk = _Walk(
+            waits=[len(earlier) for earlier in before],
+            followers=[after[node] for node in graph.nodes],
+            pools=[self._pools[at][replica] for (at, _), replica in chosen],
+            seconds=[self._seconds[at][replica] for (at, _), replica in chosen],
+        )
+        found: list[DealtPass] = []
+        for ranks in self._ranks:
+            self._starts_left -= len(graph.nodes)
+            order, end = walk.by(ranks)
+            deals = [
+                Deal(graph.stages[at], index, replica)
+                for (at, index), replica in (chosen[number] for number in order)
+            ]
+            found.append(DealtPass(tuple(deals), end))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """The nodes by their numbers in the graph, for one choice of replicas.
+
+    Attributes:
+        waits: How many nodes each waits for.
+        followers: Those that wait for each.
+        pools: Where each works.
+        seconds: Of each.
+    """
+
+    waits: list[int]
+    followers: list[list[int]]
+    pools: list[str]
+    seconds: list[float]
+
+    def by(self, ranks: Sequence[int]) -> tuple[list[int], float]:
+        """The order in which nodes start, the least rank first of several, and the last end."""
+        waits, pools, followers = [*self.waits], self.pools, self.followers
+        ready = {number: 0.0 for number, left in enumerate(waits) if not left}
+        arrived = [0.0] * len(waits)
+        free = dict.fromkeys(pools, 0.0)
+        order: list[int] = []
         while ready:
-            starts = {
-                node: max(since, free.get(self._pools[node[0]][choice[node]], 0.0))
-                for node, since in ready.items()
-            }
-            node = min(starts, key=lambda one: (starts[one], rule(one)))
-            end = starts[node] + self._seconds[node[0]][choice[node]]
-            free[self._pools[node[0]][choice[node]]] = end
-            order.append(node)
-            del ready[node]
-            for follower in after[node]:
-                waits[follower].discard(node)
+            first, start = -1, math.inf
+            for number, since in ready.items():
+                could = max(since, free[pools[number]])
+                if could < start or (could == start and ranks[number] < ranks[first]):
+                    first, start = number, could
+            end = start + self.seconds[first]
+            free[pools[first]] = end
+            order.append(first)
+            del ready[first]
+            for follower in followers[first]:
+                waits[follower] -= 1
                 arrived[follower] = max(arrived[follower], end)
                 if not waits[follower]:
                     ready[follower] = arrived[follower]
-        assert len(order) == len(graph.nodes), "a stage waits for itself"
-        deals = [Deal(graph.stages[at], index, choice[at, index]) for at, index in order]
-        return DealtPass(tuple(deals), max(free.values()))
+        assert len(order) == len(waits), "a stage waits for itself"
+        return order, max(free.values())
+
+
+def _ranks(keys: Sequence[tuple[float, ...]]) -> list[int]:
+    """The place of each key among all of them; equal keys have equal places."""
+    places = {key: place for place, key in enumerate(sorted(set(keys)))}
+    return [places[key] for key in keys]
 
 
 def _spread(chosen: Sequence[int]) -> list[int]:
