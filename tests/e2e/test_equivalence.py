@@ -32,6 +32,7 @@ MODES = {
         "objective.method=cdm",
         "generator.random_steps={min_steps: 1, max_steps: 5}",
     ],
+    "pdmd": ["fake_score.tracking=fresh", "objective.method=pdmd"],
     "sid": [
         "fake_score.tracking=fresh",
         "objective={method: sid, fake_updates: 2}",

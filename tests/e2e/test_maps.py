@@ -32,6 +32,7 @@ LEARNERS_TOGETHER = [
     f"topology.pools={{both: {{{POOL}}}, frozen: {{{POOL}}}}}",
     "topology.roles={generator: both, fake_score: both, teacher: frozen}",
 ]
+PLACEMENTS = {"fused": ["topology.mode=fused"], "pools": ["topology.mode=pools"], "map": TWO}
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -73,9 +74,23 @@ def test_one_walk_back_makes_the_bits_of_two_wherever_roles_live(make_recipe: Ma
     distill(local)
     distill(other)
     assert_moves(moments(local, 2), moments(other, 2))
-    layouts = {"fused": ["topology.mode=fused"], "pools": ["topology.mode=pools"], "map": TWO}
-    for name, layout in layouts.items():
+    for name, layout in PLACEMENTS.items():
         placed = make_recipe(f"name={name}", *settings, *joint, *layout)
+        distill(placed)
+        assert history(placed) == history(local), name
+        assert state(placed, 2) == state(local, 2), name
+
+
+def test_pdmd_makes_the_bits_of_one_process_in_every_placement(make_recipe: MakeRecipe) -> None:
+    settings = [*MODES["pdmd"], "iterations=2"]
+    local = make_recipe("name=local", *settings)
+    plain = make_recipe("name=plain", *settings, "objective.method=dmd")
+    distill(local)
+    distill(plain)
+    # What is projected out goes from the fake score's answer into the generator's gradient.
+    assert_moves(moments(local, 2), moments(plain, 2))
+    for name, layout in PLACEMENTS.items():
+        placed = make_recipe(f"name={name}", *settings, *layout)
         distill(placed)
         assert history(placed) == history(local), name
         assert state(placed, 2) == state(local, 2), name
