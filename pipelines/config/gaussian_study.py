@@ -63,6 +63,9 @@ class NetworkSettings(Section):
     generator_layers: int | None = Field(default=None, ge=0, le=8)
     """Hidden layers of the generator, where it has others than the fake score; null: as many. With
     0, a generator of one step is affine, and makes a Gaussian whose score is known."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """How long Adam remembers squared gradients. Where gradients jump, a step can be
+    1 / sqrt(1 - beta2) times the rate: 32 times at 0.999, 3.2 times at 0.9."""
 
 
 class RateSearch(Section):

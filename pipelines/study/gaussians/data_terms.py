@@ -98,6 +98,7 @@ class MemberDiscriminator:
         teacher: The exact teacher.
         shape: Size of the heads.
         rates: Learning rate of each member: that of its fake score.
+        beta2: Of Adam.
     """
 
     def __init__(
@@ -106,12 +107,13 @@ class MemberDiscriminator:
         teacher: VelocityModel,
         shape: NetworkShape,
         rates: Sequence[float],
+        beta2: float,
     ) -> None:
         term = adversary_of(objective)
         assert term is not None, "an objective with a discriminator has its term"
         self._objective, self._term = objective, term
         self._heads = MemberHeads(teacher, shape)
-        self._optimizer = MemberAdam(self._heads, rates)
+        self._optimizer = MemberAdam(self._heads, rates, beta2)
         self._members = len(rates)
 
     def loss(

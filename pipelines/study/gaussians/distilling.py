@@ -110,13 +110,17 @@ class GaussianDistillation:
         self._average = [each.detach().clone() for each in self._generator.parameters()]
         fake_rates = [member.fake_rate for member in members]
         self._optimizers = (
-            MemberAdam(self._generator, [member.generator_rate for member in members]),
-            MemberAdam(self._fake_score, fake_rates),
+            MemberAdam(
+                self._generator, [member.generator_rate for member in members], networks.beta2
+            ),
+            MemberAdam(self._fake_score, fake_rates, networks.beta2),
         )
         self._discriminator = (
             None
             if compared_by(variant.objective) is None
-            else MemberDiscriminator(variant.objective, self.teacher, shape, fake_rates)
+            else MemberDiscriminator(
+                variant.objective, self.teacher, shape, fake_rates, networks.beta2
+            )
         )
 
     def iterate(self, iteration: int) -> None:

@@ -199,11 +199,12 @@ class MemberAdam:
     Args:
         networks: The stacked networks.
         rates: Learning rate of each member.
+        beta2: Of Adam.
     """
 
-    def __init__(self, networks: nn.Module, rates: Sequence[float]) -> None:
+    def __init__(self, networks: nn.Module, rates: Sequence[float], beta2: float) -> None:
         self._parameters = list(networks.parameters())
-        self._adam = torch.optim.Adam(self._parameters, lr=1.0, betas=(0.0, 0.999))
+        self._adam = torch.optim.Adam(self._parameters, lr=1.0, betas=(0.0, beta2))
         self._rates = torch.tensor(rates)[:, None, None]
 
     def step(self, multiple: float = 1.0) -> None:

@@ -1,6 +1,8 @@
 """The study in closed-form worlds: stacked runs are single runs, figures, resume, refusals."""
 
 import json
+from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 import fsspec
@@ -23,10 +25,12 @@ from pipelines.study.gaussians.distilling import (
     measured_on_the_way,
     mixture_of,
 )
-from pipelines.study.gaussians.measuring import Truth
+from pipelines.study.gaussians.measuring import ENERGY, FIGURES, Truth
+from pipelines.study.gaussians.networks import MemberAdam
 from pipelines.study.gaussians.plan import StudyCell, num_iterations, units_per_iteration
-from pipelines.study.gaussians.results import CellResult
+from pipelines.study.gaussians.results import CellResult, MeasuredPoint
 from pipelines.study.gaussians.run import dry_run_gaussian_study, gaussian_study
+from pipelines.study.gaussians.tables import GaussianResults, gaussian_rows
 from sgmd_core.errors import ConfigError
 from sgmd_core.metrics.paired import paired_differences
 from sgmd_core.objectives.adversarial import hinge_discriminator_loss
@@ -337,6 +341,37 @@ def test_a_broken_seed_is_counted_and_kept_out_of_means(tmp_path: Path):
     assert json.loads(json.dumps(cell.to_json())) == stored
     pairs = paired_differences(cell.end.figures["energy"], [0.0, 0.0, 0.0])
     assert pairs == [0.1, 0.3]
+
+
+def test_one_seed_that_breaks_moves_the_mean_and_hardly_the_median():
+    figures = {name: [0.3, 0.2, 58.7, 0.4, 0.3] for name in FIGURES}
+    cell = CellResult("ring", "sgmd", (1e-3, 1e-3), {}, (MeasuredPoint(1, 8.0, figures),), 1.0)
+    broken = replace(cell, points=(MeasuredPoint(1, 8.0, {**figures, ENERGY: [0.3, *[nan] * 4]}),))
+    (head, _, row), (_, _, other) = (
+        gaussian_rows(GaussianResults(recipe(), (each,), {"ring": figures}), "ring")
+        for each in (cell, broken)
+    )
+    place = head.index("median")
+    assert row[place - 1].startswith("11.98")
+    assert row[place] == "0.3000"
+    assert other[place] == "not finite"
+
+
+def test_a_jump_of_gradients_makes_a_step_as_long_as_adam_remembers():
+    steps = {}
+    for beta2 in (0.9, 0.999):
+        layer = torch.nn.Linear(1, 1, bias=False)
+        layer.weight = torch.nn.Parameter(torch.zeros(1, 1, 1))
+        adam = MemberAdam(layer, [1e-2], beta2)
+        for gradient in [1.0] * 20 + [1e6]:
+            before = layer.weight.item()
+            layer.weight.grad = torch.full((1, 1, 1), gradient)
+            adam.step()
+        steps[beta2] = before - layer.weight.item()
+    for beta2, step in steps.items():
+        # Its own square is 1 - beta2 of the mean of squares, which is divided by 1 - beta2^21.
+        assert step == pytest.approx(1e-2 * ((1 - beta2**21) / (1 - beta2)) ** 0.5, rel=1e-3)
+    assert steps[0.999] > 1.5 * steps[0.9]
 
 
 @pytest.mark.slow
