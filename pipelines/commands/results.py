@@ -275,6 +275,11 @@ def ledger_command(
             "metrics.jsonl is not there: iterations that the ledger lacks are missed up to the "
             "last checkpoint alone"
         )
+    if result.text_encoder_named:
+        examples.append(
+            "the model folder had no text encoder: embeddings were taken on their word, made by "
+            f"{result.text_encoder_named}"
+        )
     show(result.to_json(), as_json, _ledger_table(result), *examples, told)
     if not result.is_clean:
         raise typer.Exit(1)

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
+from cluster.errors import StorageError
+from cluster.logs import ANY, is_kind
+from cluster.storage import read_json
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.data.making.caption_file import open_set
 from pipelines.data.shards.columns import ColumnNames
@@ -24,6 +27,7 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.places import shared_place
 from pipelines.run.working_copy import working_copy
 from sgmd_core.errors import DataError
+from workers.models.text_makers import maker_on_their_word
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Audit:
         iterations_missing: Iterations at the end that metrics or checkpoints know, and the ledger
             does not.
         has_metrics: Whether there are metrics, which know iterations after the last checkpoint.
+        text_encoder_named: Name of the text encoder that the run's embeddings gave, where its
+            model folder had none to compare with; else empty.
         further: The same of each set of `data.also`, whose epochs are its own.
     """
 
@@ -51,6 +57,7 @@ class Audit:
     iterations_follow: bool
     iterations_missing: int
     has_metrics: bool
+    text_encoder_named: str = ""
     further: tuple["Audit", ...] = ()
 
     @property
@@ -77,6 +84,7 @@ class Audit:
             "cursor": self.cursor.to_json(),
             "epochs": [epoch.to_json() for epoch in self.epochs],
             "quarantined": self.quarantined,
+            **({"text_encoder_named": self.text_encoder_named} if self.text_encoder_named else {}),
             **({"also": [one.to_json() for one in self.further]} if self.further else {}),
         }
 
@@ -108,7 +116,17 @@ def _audit(folder: RunFolder, train: str | None) -> Audit:
         )
         for number, one in enumerate(training_sets(config, train))
     ]
-    return replace(first, further=tuple(further))
+    return replace(first, text_encoder_named=_named(folder), further=tuple(further))
+
+
+def _named(folder: RunFolder) -> str:
+    """Maker of embeddings that were taken on their word; empty where weights told, or nothing."""
+    try:
+        began = read_json(str(folder.identity))
+    except StorageError:
+        return ""  # Resuming refuses it; the ledger does not need it.
+    model: Any = began.get("model") if isinstance(began, dict) else None
+    return maker_on_their_word(model) if is_kind(model, {ANY: str}) else ""
 
 
 def _audit_set(

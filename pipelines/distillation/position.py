@@ -22,6 +22,7 @@ from pipelines.run.differences import format_value, value_differences
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.records import RunEvent
 from sgmd_core.errors import CheckpointError
+from workers.models.text_makers import text_maker
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +255,7 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
     before = {key: before[key] for key in before if key in {*began["settings"], *now["settings"]}}
     return [
         *value_differences(before, now["settings"]),
-        *model_differences(began, now["model"]),
+        *model_differences(began, now["model"], text=checked.model.layout.text),
         *model_differences(began, now["teacher"], "teacher", "teacher.model"),
         *(value_differences(began["columns"], now["columns"]) if "columns" in began else ()),
         *data_differences(checked.source, read_jsonl(folder.shards), began.get("train", ())),
@@ -300,6 +301,7 @@ def model_differences(
     now: Mapping[str, str],
     role: str = "model",
     setting: str = "model.folder",
+    text: Sequence[str] = (),
 ) -> list[str]:
     """Every component of a model folder that is not the one of a run, with both digests.
 
@@ -308,12 +310,16 @@ def model_differences(
         now: Digests of the components now.
         role: Part of the identity: `model`, or `teacher` for one of another model.
         setting: Setting that names the folder.
+        text: Components that embed text: where one of both folders has no weights of them, by what
+            embeddings name.
     """
     # Older runs had no teacher of another model.
     before = began.get(role, {})
+    makers = [text_maker(each, text) if text else None for each in (before, now)]
+    same = text if makers[0] is not None and makers[0] == makers[1] else ()
     return [
         f"the {name} in {setting} has content {format_value(now, name)}, and had "
         f"{format_value(before, name)}"
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and name not in same
     ]

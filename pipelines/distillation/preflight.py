@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipelines.config.adapters import adapted_roles
 from pipelines.config.clip_sizes import require_samplable, trained_shapes
@@ -15,14 +13,11 @@ from pipelines.config.model_folders import model_on_this_machine, models_of_role
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, TEACHER
 from pipelines.config.sequence import require_divisible
-from pipelines.data.shards.prompts import read_stored_prompts
-from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS, Encoding
-from pipelines.data.shards.values import unpack_rows
+from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS
 from pipelines.data.stream.content import with_latents
 from pipelines.data.stream.inspect import (
     FolderFacts,
     first_captions,
-    first_texts,
     inspect_folder,
 )
 from pipelines.data.stream.source import Source
@@ -32,13 +27,20 @@ from pipelines.distillation.iteration_plan import program_of, stage_seconds
 from pipelines.distillation.latents_check import require_latents
 from pipelines.distillation.phase_check import check_phases
 from pipelines.distillation.teacher_check import check_teacher
+from pipelines.distillation.text_check import (
+    LookedAtSet,
+    find_stored_text,
+    has_text,
+    require_all_stored,
+    text_maker_of,
+)
 from pipelines.distillation.training_sets import (
     require_sizes,
     takes_sizes_from_data,
     training_sets,
 )
 from pipelines.distillation.transition_check import check_transition
-from pipelines.planning.stored_text import TEXT, VALIDATOR, StoredText, wanted_prompts
+from pipelines.planning.stored_text import StoredText
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.places import shared_place
 from pipelines.stages.algorithm import needs_data
@@ -48,10 +50,11 @@ from sgmd_core.worlds.shapes import labels_from_captions
 from workers.adapters import targeted
 from workers.attention import NATIVE, require_kernel
 from workers.measures import MIN_FRAMES
-from workers.models.content import fingerprint, model_digests
+from workers.models.content import model_digests
 from workers.models.families import family_of
 from workers.models.family import ModelFamily
 from workers.models.folder import ModelFolder
+from workers.models.text_makers import named_by_embeddings
 from workers.models.vocabulary import UnknownWords
 from workers.network_settings import ComputeSettings
 from workers.optical_flow import MIN_SIDE_PX
@@ -61,19 +64,6 @@ _NUM_READ = 256
 _COMPUTE = "Correct {}.compute"
 _REMEDIES = {"lora": "Correct {}.lora", "joint": "Set {}.walk=apart"}
 """Remedies for what a family does not compute, other than a change of `compute`."""
-
-
-@dataclass(frozen=True, slots=True)
-class FurtherSet:
-    """A set of captions besides `data.train`.
-
-    Attributes:
-        source: Where it is, and what is read of it.
-        data: What a first look tells.
-    """
-
-    source: Source
-    data: FolderFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +95,7 @@ class Preflight:
     held_out: tuple[str, ...]
     rows_per_iteration: int
     unknown_words: UnknownWords
-    further: tuple["FurtherSet", ...]
+    further: tuple[LookedAtSet, ...]
     texts: StoredText
 
     def to_json(self, config: DistillConfig) -> dict[str, Any]:
@@ -129,6 +119,7 @@ class Preflight:
             "training_columns": self.data.found or "as sgmd names them",
             "stored_text": self.has_stored_text,
             "text_encoder_for": {name: list(each) for name, each in self.texts.lacking.items()},
+            "text_encoder_named": self.texts.named,
             "data_latents": self.has_data_latents,
             "held_out_captions": len(self.held_out),
             "unknown_words": asdict(self.unknown_words),
@@ -207,10 +198,11 @@ def run_preflight(config: DistillConfig) -> Preflight:
     if learns_from_data:
         require_sizes(config)
     sets = training_sets(config)
-    looked = [FurtherSet(*inspect_captions(config, number)) for number in range(len(sets))]
+    looked = [LookedAtSet(*inspect_captions(config, number)) for number in range(len(sets))]
     columns: list[str] = []
+    maker = text_maker_of(config, model, looked)
     # What not all sets bring is taken from none.
-    if config.data.stored_text and all(_has_text(one.data, config, model) for one in looked):
+    if all(has_text(one.data, config, model, maker) for one in looked):
         columns.append(TEXT_EMBEDS)
     if learns_from_data:
         by_set = buckets.shapes if takes_sizes_from_data(config) else buckets.shapes * len(looked)
@@ -219,8 +211,13 @@ def run_preflight(config: DistillConfig) -> Preflight:
         columns.append(LATENTS)
     (source, data), *further = [_read_with(one, tuple(columns)) for one in looked]
     held_out = _held_out(config)
-    texts = _stored_text(config, model, looked if TEXT_EMBEDS in columns else [], held_out)
+    texts = find_stored_text(
+        config, model, looked if TEXT_EMBEDS in columns else [], held_out, maker
+    )
     content = model_digests(model.path)
+    if not model.has_text_encoder:
+        require_all_stored(model, texts)
+        content |= dict.fromkeys(model.layout.text_encoders, named_by_embeddings(maker))
     return Preflight(
         model=model,
         content=content,
@@ -234,7 +231,7 @@ def run_preflight(config: DistillConfig) -> Preflight:
         unknown_words=tokenizer.unknown_words(
             [*(each for one in looked for each in one.data.captions[:_NUM_READ]), *held_out]
         ),
-        further=tuple(FurtherSet(*one) for one in further),
+        further=tuple(LookedAtSet(*one) for one in further),
         texts=texts,
     )
 
@@ -246,11 +243,7 @@ def _shares(config: DistillConfig) -> dict[str, float]:
     return {bucket.label: bucket.weight / whole for bucket in video.trained}
 
 
-def _has_text(data: FolderFacts, config: DistillConfig, model: ModelFolder) -> bool:
-    return data.encoding is not None and _fits(data.encoding, config, model)
-
-
-def _read_with(one: FurtherSet, columns: tuple[str, ...]) -> tuple[Source, FolderFacts]:
+def _read_with(one: LookedAtSet, columns: tuple[str, ...]) -> tuple[Source, FolderFacts]:
     """A set of which some columns are read."""
     source, data = one.source, one.data
     if columns:
@@ -369,81 +362,6 @@ def require_adaptable(config: DistillConfig) -> None:
         folder = model_on_this_machine(models[role])
         projections = family_of(folder).read_shape(folder).denoiser.projections
         targeted(list(projections), getattr(config, role).lora.targets)
-
-
-def _fits(encoding: Encoding, config: DistillConfig, model: ModelFolder) -> bool:
-    """Returns True if stored embeddings are what the recipe's text encoder would make."""
-    shape = (config.model.text_length, model.text_width)
-    return encoding.text_shape == shape and encoding.text_encoder == fingerprint(
-        model.path, model.layout.text
-    )
-
-
-def _stored_text(
-    config: DistillConfig,
-    model: ModelFolder,
-    looked: Sequence[FurtherSet],
-    held_out: Sequence[str],
-) -> StoredText:
-    """Embeddings beside those of the training captions, and what a text encoder is needed for.
-
-    Args:
-        config: The run.
-        model: Its networks.
-        looked: Its sets of captions; none where not all of them bring embeddings.
-        held_out: Captions of its validations.
-    """
-    prompts: dict[str, NDArray[np.float32]] = {}
-    for one in looked:
-        prompts |= _prompts_of(one.source, config, model)
-    wanted = wanted_prompts(config)
-    lacking = tuple(name for text, name in wanted.items() if text not in prompts)
-    found = {TEXT: lacking if looked else ("training captions",)}
-    negative = config.model.negative_prompt
-    validation: dict[str, NDArray[np.float32]] = {}
-    if held_out:
-        stored = _validation_texts(config, model, held_out) if looked else {}
-        validation = prompts | stored
-        names = {**dict.fromkeys(held_out, "validation captions"), negative: wanted[negative]}
-        found[VALIDATOR] = tuple(
-            dict.fromkeys(name for text, name in names.items() if text not in validation)
-        )
-        validation = {} if found[VALIDATOR] else {text: validation[text] for text in names}
-    return StoredText({name: each for name, each in found.items() if each}, prompts, validation)
-
-
-def _validation_texts(
-    config: DistillConfig, model: ModelFolder, held_out: Sequence[str]
-) -> dict[str, NDArray[np.float32]]:
-    """Embeddings that the set of validation captions brings; none where it brings others' or none.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    settings = config.data
-    names = settings.validation_columns or settings.columns
-    source = Source(settings.validation, settings.s3, names=names)
-    data = inspect_folder(source, config.seed, settings.shuffle)
-    if not _has_text(data, config, model):
-        return {}
-    source = replace(source, encoding=data.encoding)
-    return _prompts_of(source, config, model) | first_texts(source, config.seed, held_out)
-
-
-def _prompts_of(
-    source: Source, config: DistillConfig, model: ModelFolder
-) -> dict[str, NDArray[np.float32]]:
-    """Embeddings of the wanted prompts of a set, if the recipe's text encoder made them."""
-    place = source.open(probe=False)
-    found = read_stored_prompts(place.filesystem, place.root, source.s3)
-    if found is None or not _fits(found.encoding, config, model):
-        return {}
-    wanted = wanted_prompts(config)
-    return {
-        text: unpack_rows(packed, found.encoding)
-        for text, packed in found.packed.items()
-        if text in wanted
-    }
 
 
 def _held_out(config: DistillConfig) -> tuple[str, ...]:

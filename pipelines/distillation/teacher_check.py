@@ -3,6 +3,7 @@
 Each role computes on what the others send, so a teacher may differ in its denoiser alone.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from workers.models.configs import read_model_json
 from workers.models.content import model_digests
 from workers.models.families import family_named, family_of
 from workers.models.folder import ModelFolder
+from workers.models.text_makers import text_maker
 
 _SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 _FLOW = "flow_prediction"
+_log = logging.getLogger(__name__)
 
 
 def check_teacher(
@@ -91,7 +94,16 @@ def _facts_that_differ(model: ModelFolder, teacher: ModelFolder) -> Iterator[str
 def _components_that_differ(
     model: ModelFolder, content: dict[str, str], theirs: dict[str, str]
 ) -> Iterator[str]:
-    for name in (model.layout.autoencoder, *model.layout.text):
+    own, other = (text_maker(each, model.layout.text) for each in (content, theirs))
+    text = model.layout.text
+    if own is None or other is None:
+        _log.warning(
+            "the teacher's folder has no text encoder: that it was trained with the generator's is "
+            "not checked"
+        )
+    if own == other or other is None:
+        text = ()
+    for name in (model.layout.autoencoder, *text):
         if content.get(name) != theirs.get(name):
             yield f"{name} has other content in the teacher's folder"
 

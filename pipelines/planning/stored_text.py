@@ -39,11 +39,14 @@ class StoredText:
         lacking: By section, in words, the texts for which its process loads one.
         prompts: Embeddings (rows, width) of prompts, for the text process.
         validation: Those of all that a validator embeds; empty where it has a text encoder.
+        named: Fingerprint of the text encoder as all embeddings name it, where the model folder has
+            none to compare them with; else empty.
     """
 
     lacking: Mapping[str, tuple[str, ...]]
     prompts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     validation: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    named: str = ""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -60,6 +63,11 @@ class StoredText:
 
     def in_words(self) -> str:
         """One line that says which process loads the text encoder, and for what."""
+        if self.named:
+            return (
+                "the model folder has no text encoder: all embeddings lie with the data, and name "
+                f"{self.named} as their maker, which is taken on their word"
+            )
         if not self.lacking:
             return "no process loads the text encoder: all embeddings lie with the data"
         parts = (f"{section}: {', '.join(texts)}" for section, texts in self.lacking.items())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.models.folder import FolderLayout
-from workers.models.weights import find_weights
+from workers.models.weights import find_weights, lacks_weights
 
 Components = Literal["link", "copy", "none"]
 DTYPES: Mapping[str, torch.dtype] = {
@@ -48,7 +48,7 @@ def copy_components(
         names: Components to copy.
         components: `link` makes hard links of the weight files, or symbolic links where the base
             lies on another disk, and copies the small files; `none` leaves components with weights
-            out.
+            out. A text encoder that the base lacks is left out.
         new_names: Names of components in the new folder, where they change.
 
     Raises:
@@ -57,6 +57,8 @@ def copy_components(
     for name in names:
         stem = layout.weights.get(name)
         if stem is not None and components == "none":
+            continue
+        if name in layout.text_encoders and lacks_weights(base / name):
             continue
         # Pickles among them have no place in an export.
         unused = find_weights(base / name, stem).unused if stem is not None else ()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
 
-from sgmd_core.errors import ShapeError
+from sgmd_core.errors import ModelFolderError, ShapeError
 from workers.models.weights import WeightFiles
 
 LatentShape = tuple[int, int, int, int]
@@ -40,6 +40,11 @@ class FolderLayout:
     def denoisers(self) -> tuple[str, ...]:
         """Components of the denoiser."""
         return (self.denoiser, *self.experts)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Components of the text that have weights."""
+        return tuple(name for name in self.text if name in self.weights)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -135,7 +140,7 @@ class ModelFolder:
         geometry: Clips that it can make.
         text_width: Width of a caption embedding.
         num_parameters: Parameters by component, each counted once.
-        weights: Weight files by component.
+        weights: Weight files by component; without the text encoder where it was left out.
     """
 
     path: Path
@@ -145,6 +150,11 @@ class ModelFolder:
     text_width: int
     num_parameters: Mapping[str, int]
     weights: Mapping[str, WeightFiles]
+
+    @property
+    def has_text_encoder(self) -> bool:
+        """False where the weights of the text encoder were left out: it embeds nothing."""
+        return all(name in self.weights for name in self.layout.text_encoders)
 
     @property
     def num_denoiser_parameters(self) -> int:
@@ -170,3 +180,20 @@ class ModelFolder:
         """
         attempted = f"fitting clips to the networks in {self.path}"
         return self.geometry.latent_shape(num_frames, height, width, attempted)
+
+
+def require_text_encoder(model: ModelFolder, attempted: str) -> None:
+    """Checks that a folder can embed prompts.
+
+    Raises:
+        ModelFolderError: The weights of its text encoder were left out.
+    """
+    if not model.has_text_encoder:
+        names = " and ".join(model.layout.text_encoders)
+        raise ModelFolderError(
+            attempted,
+            f"no weights in {model.path / names}",
+            "a text encoder, which embeds prompts",
+            f"Download it: hf download REPOSITORY --include '{names}/*' --local-dir {model.path}. "
+            "A distillation whose texts are all stored needs none",
+        )

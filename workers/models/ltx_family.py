@@ -31,7 +31,7 @@ from workers.models.folder import ClipGeometry, EncoderSizes, FolderLayout, Mode
 from workers.models.sampling import SamplingRules
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
 from workers.models.wan_arithmetic import WanShape
-from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM
+from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM, lacks_weights
 
 if TYPE_CHECKING:
     from workers.models.ltx import LtxCodec, LtxSampler
@@ -184,16 +184,22 @@ class LtxFamily:
             from workers.models.ltx import check_ltx_component
 
         require_ltx_index(folder)
-        parts = {name: check_ltx_component(folder, name) for name in _CLASSES}
+        has_text = not lacks_weights(folder / TEXT_ENCODER)
+        own = [name for name in _CLASSES if has_text or name != TEXT_ENCODER]
+        parts = {name: check_ltx_component(folder, name) for name in own}
         transformer, vae = parts[TRANSFORMER].config, parts[VAE].config
         for found, expected in (
             (
                 ("transformer in_channels", transformer["in_channels"]),
                 ("vae latent_channels", vae["latent_channels"]),
             ),
-            (
-                ("transformer caption_channels", transformer["caption_channels"]),
-                ("text_encoder d_model", parts[TEXT_ENCODER].config["d_model"]),
+            *(
+                (
+                    ("transformer caption_channels", transformer["caption_channels"]),
+                    (f"{name} d_model", parts[name].config["d_model"]),
+                )
+                for name in own
+                if name == TEXT_ENCODER
             ),
         ):
             if found[1] != expected[1]:
@@ -280,7 +286,8 @@ def require_ltx_index(folder: Path) -> None:
     index = read_model_json(folder / INDEX_FILE)
     expected = {"_class_name": _PIPELINE_CLASS, **_CLASSES}
     for key, value in expected.items():
-        if index.get(key) != value:
+        left_out = key == TEXT_ENCODER and lacks_weights(folder / key)
+        if index.get(key) != value and not (left_out and index.get(key) in (None, [None, None])):
             found = f"{key} is {index.get(key)!r}"
             raise ModelFolderError(
                 f"reading {folder / INDEX_FILE}", found, f"{key} {value!r}", REMEDY

@@ -35,7 +35,7 @@ from workers.models.folder import ClipGeometry, EncoderSizes, FolderLayout, Mode
 from workers.models.sampling import ClipSampler, SamplingRules
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
 from workers.models.wan_arithmetic import RELEASED_SHAPES, WanShape
-from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM
+from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM, lacks_weights
 
 if TYPE_CHECKING:
     from workers.models.wan import VideoVae
@@ -269,7 +269,7 @@ class WanConfigs:
     Attributes:
         path: The folder.
         index: Content of model_index.json.
-        components: Content of config.json by component.
+        components: Content of config.json by component; without a text encoder that was left out.
     """
 
     path: Path
@@ -287,6 +287,9 @@ def read_configs(folder: str | Path, layout: FolderLayout = LAYOUT) -> WanConfig
     path = Path(folder)
     require_supported_index(path, layout)
     own = [name for name in layout.weights if name in EXPERTS_LAYOUT.weights]
+    # Where all embeddings are stored, nobody needs it.
+    if lacks_weights(path / TEXT_ENCODER):
+        own.remove(TEXT_ENCODER)
     components = {name: read_component(path, name) for name in own}
     require_alike(path, [components[name] for name in layout.denoisers if name in components])
     return WanConfigs(path, read_model_json(path / INDEX_FILE), components)
@@ -323,7 +326,10 @@ def require_wan_index(folder: Path) -> Mapping[str, Any]:
         raise _unsupported(folder, found, f"_class_name {_PIPELINE_CLASS!r}, text to video")
     classes = _CLASSES if pipeline == _PIPELINE_CLASS else _CLASSES | TRANSITION_CLASSES
     for component, expected in classes.items():
-        if index.get(component) != expected:
+        left_out = component == TEXT_ENCODER and lacks_weights(folder / component)
+        if index.get(component) != expected and not (
+            left_out and index.get(component) in (None, [None, None])
+        ):
             raise _unsupported(
                 folder, f"{component} is {index.get(component)}", f"{component} to be {expected}"
             )

@@ -95,11 +95,12 @@ def inspect_wan_folder(
         ("transformer in_channels", transformer["in_channels"]),
         ("vae z_dim", vae["z_dim"]),
     )
-    _require_alike(
-        configs.path,
-        ("transformer text_dim", transformer["text_dim"]),
-        ("text_encoder d_model", parts[TEXT_ENCODER].config["d_model"]),
-    )
+    if TEXT_ENCODER in parts:
+        _require_alike(
+            configs.path,
+            ("transformer text_dim", transformer["text_dim"]),
+            ("text_encoder d_model", parts[TEXT_ENCODER].config["d_model"]),
+        )
     _require_statistics(configs.path / VAE, vae)
     frames, rows, columns = transformer["patch_size"]
     return ModelFolder(

@@ -133,6 +133,14 @@ class WeightFiles:
     unused: tuple[Path, ...]
 
 
+def lacks_weights(part: Path) -> bool:
+    """True if nothing of a component's weights is there: no file of any kind, and no index."""
+    return not part.is_dir() or not any(
+        path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        for path in part.iterdir()
+    )
+
+
 def find_weights(
     part: Path, stem: str, explain: Callable[[Collection[str]], ForeignNames | None] | None = None
 ) -> WeightFiles:

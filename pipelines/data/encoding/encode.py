@@ -54,6 +54,7 @@ from pipelines.data.stream.window import REASON
 from sgmd_core.errors import ConfigError, DataError
 from workers.models.content import fingerprint
 from workers.models.families import family_of
+from workers.models.folder import require_text_encoder
 from workers.models.vocabulary import UnknownWords
 
 _CHAPTER_SHARDS = 1000
@@ -335,6 +336,7 @@ def encodings_for(model: str, options: EncodeOptions) -> dict[str, Encoding]:
         ShapeError: the clips do not fit the networks.
     """
     folder = family_of(model).inspect(Path(model))
+    require_text_encoder(folder, f"encoding captions with {model}")
     shapes: list[tuple[int, ...]] = [()]
     vae = ""
     if not options.text_only:
