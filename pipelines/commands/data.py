@@ -82,10 +82,11 @@ def check_command(
 
         report = check_shards(folder, arguments.options(), on_progress)
     data = report.to_json()
-    hidden = ("usable", "problems", "examples", "folder")
+    hidden = ("usable", "problems", "examples", "folder", "unfinished")
     told = {name: _in_a_line(value) for name, value in data.items() if name not in hidden and value}
     verdict = "usable" if report.is_usable else "NOT USABLE"
-    words = [*report.problems, *report.examples, f"{folder}: {verdict}"]
+    unfinished = [report.unfinished] if report.unfinished else []
+    words = [*report.problems, *report.examples, *unfinished, f"{folder}: {verdict}"]
     show(data, as_json, pairs(told), "\n".join(words))
     if not report.is_usable:
         raise typer.Exit(1)

@@ -54,7 +54,7 @@ def dry_run_words(result: Mapping[str, Any]) -> list[RenderableType]:
     facts = {
         name: value
         for name, value in result.items()
-        if name not in ("unknown_words", "checked", "not_checked", "objective")
+        if name not in ("unknown_words", "unfinished_sets", "checked", "not_checked", "objective")
     }
     method = {"objective": result["objective"].get("method", "")}
     shown: list[RenderableType] = [pairs(facts | method)]
@@ -65,6 +65,7 @@ def dry_run_words(result: Mapping[str, Any]) -> list[RenderableType]:
         for name, words in result[key].items():
             table.add_row(name.replace("_", " "), words)
         shown.append(table)
+    shown += [Text(each, style="bold red") for each in result["unfinished_sets"]]
     unknown = UnknownWords(**result["unknown_words"])
     if unknown.num_affected:
         shown.append(Text(unknown.in_words(), style="bold red"))

@@ -123,6 +123,7 @@ class Preflight:
             "data_latents": self.has_data_latents,
             "held_out_captions": len(self.held_out),
             "unknown_words": asdict(self.unknown_words),
+            "unfinished_sets": self.unfinished_sets,
             "rows_per_iteration": self.rows_per_iteration,
             "further_sets": [
                 {
@@ -150,6 +151,12 @@ class Preflight:
                 role: team.size for role, team in config.topology.teams_of(config.roles).items()
             },
         }
+
+    @property
+    def unfinished_sets(self) -> list[str]:
+        """Sets of captions whose making has not come to its end, each with what is left to do."""
+        looked = [self.data, *(one.data for one in self.further)]
+        return [each.unfinished for each in looked if each.unfinished]
 
     @property
     def has_stored_text(self) -> bool:

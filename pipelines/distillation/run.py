@@ -150,6 +150,8 @@ def _checked_distill(
     checked = run_preflight(config)
     if checked.data.found:
         observer.warning(f"data.train: {checked.data.found}")
+    for unfinished in checked.unfinished_sets:
+        observer.warning(f"data.train: {unfinished}")
     if checked.unknown_words.num_affected:
         observer.warning(checked.unknown_words.in_words())
     encoding = checked.texts.encoding

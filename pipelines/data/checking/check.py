@@ -47,7 +47,7 @@ from pipelines.data.shards.columns import (
     settle_names,
 )
 from pipelines.data.shards.filesystem import data_errors, open_folder
-from pipelines.data.shards.index import Shard, read_index, write_index
+from pipelines.data.shards.index import Shard, read_index, unfinished_in_words, write_index
 from pipelines.data.shards.listing import other_files
 from pipelines.data.shards.parquet import Footer
 from pipelines.data.shards.reading import Fault
@@ -219,6 +219,7 @@ def check_shards(
         encoding=None if encoding is None else asdict(encoding),
         max_bad_fraction=options.max_bad_fraction,
         buckets={each.folder: each.num_rows for each in buckets},
+        unfinished="" if only else unfinished_in_words(filesystem, root),
     )
 
 

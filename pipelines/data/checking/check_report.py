@@ -40,6 +40,8 @@ class CheckReport:
         encoding: How encoded values are stored, and which networks made them.
         max_bad_fraction: What was accepted.
         buckets: Clips of each size, of a set that has a folder for each; empty of others.
+        unfinished: What is left to do, where the command that fills the folder has not come to its
+            end; its rows are judged as they are.
     """
 
     folder: str
@@ -59,6 +61,7 @@ class CheckReport:
     encoding: dict[str, Any] | None
     max_bad_fraction: float
     buckets: dict[str, int] = field(default_factory=dict)
+    unfinished: str = ""
 
     @property
     def num_bad(self) -> int:

@@ -23,7 +23,13 @@ from fsspec.implementations.local import LocalFileSystem
 from cluster.files import require_writable
 from cluster.lease import Lease, hold
 from pipelines.data.shards.filesystem import data_errors, open_folder
-from pipelines.data.shards.index import INDEX_NAME, Shard, read_index, write_index
+from pipelines.data.shards.index import (
+    INDEX_NAME,
+    PROGRESS_NAME,
+    Shard,
+    read_index,
+    write_index,
+)
 from pipelines.data.shards.listing import QUARANTINE_NAME, is_shard
 from pipelines.data.shards.parquet import read_parquet
 from pipelines.data.shards.rejection import Rejection, from_parquet, to_parquet
@@ -31,7 +37,6 @@ from pipelines.data.shards.schema import SAMPLE_ID
 from pipelines.data.shards.shard_writing import ShardBuilder, write_file, write_shard
 from sgmd_core.errors import DataError
 
-_PROGRESS = "_progress"
 _log = logging.getLogger(__name__)
 
 
@@ -112,7 +117,7 @@ class Journal:
         assert not self.shards, "shards belong to the settings that made them"
         self.rejections, self.is_complete = [], False
         self.parts.clear()
-        self._delete(_PROGRESS, INDEX_NAME, QUARANTINE_NAME)
+        self._delete(PROGRESS_NAME, INDEX_NAME, QUARANTINE_NAME)
 
     def sample_ids(self) -> Iterator[list[str]]:
         """The ids in all shards that count, shard by shard.
@@ -138,7 +143,7 @@ class Journal:
         self.write_quarantine()
         write_index(self.filesystem, self.root, list(self.shards.values()))
         self.is_complete = True
-        self._delete(_PROGRESS)
+        self._delete(PROGRESS_NAME)
 
     def _bind(self) -> None:
         """Says what the shards are made with, before the first of them is there.
@@ -169,7 +174,7 @@ class Journal:
             **({"further": further} if further else {}),
             "rejections": [asdict(rejection) for rejection in rejections],
         }
-        path = f"{self.root}/{_PROGRESS}/{part}.json"
+        path = f"{self.root}/{PROGRESS_NAME}/{part}.json"
         write_file(self.filesystem, path, json.dumps(entry).encode())
 
     def _load_progress(self) -> None:
@@ -182,7 +187,7 @@ class Journal:
             self.rejections += [rejection for rejection in found if rejection not in known]
 
     def _progress_entries(self) -> dict[str, Any]:
-        folder = f"{self.root}/{_PROGRESS}"
+        folder = f"{self.root}/{PROGRESS_NAME}"
         with data_errors(f"reading {folder}"):
             names = _names_in(self.filesystem, folder)
             found = {
@@ -196,7 +201,7 @@ class Journal:
 
     def _take_back(self, part: str) -> None:
         """Deletes a part whose entry is broken: what is in it is then made again."""
-        place = f"{self.root}/{_PROGRESS}/{part}.json"
+        place = f"{self.root}/{PROGRESS_NAME}/{part}.json"
         _log.warning("%s is broken: the clips of %s are made again", place, part)
         # The shard first: without it the entry still says that the part is not whole.
         for path in (f"{self.root}/{part}.parquet", place):

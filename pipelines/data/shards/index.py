@@ -3,7 +3,8 @@
     {"version": 1, "num_rows": 256,
      "shards": [{"path": "part-0.parquet", "bytes": 9120, "rows": [128, 128]}]}
 
-Commands that write shards write it last, so its presence says that the set is whole. Paths are
+Commands that write shards write it last, so its presence says that the set is whole; a folder
+`_progress` without it, that the command which fills the set has not come to its end. Paths are
 relative to the folder, which may be moved or mirrored. The index is trusted: after a shard was
 added or taken away by hand, delete it or let `sgmd check --write-index` write it anew. Shards
 without rows, as Spark writes them, are named with no rows, and `num_empty` counts them.
@@ -21,6 +22,7 @@ from pipelines.data.shards.reading import fetch_file
 from sgmd_core.errors import DataError
 
 INDEX_NAME = "_index.json"
+PROGRESS_NAME = "_progress"
 _VERSION = 1
 
 
@@ -106,3 +108,24 @@ def read_index(
             "Delete the file: the folder is then listed instead",
         ) from error
     return tuple(sorted(found, key=lambda shard: shard.path))
+
+
+def unfinished_in_words(filesystem: AbstractFileSystem, root: str) -> str:
+    """Says that a folder is still being filled, or was left halfway; empty where it is whole.
+
+    Args:
+        filesystem: The folder's file system.
+        root: The folder's path in it.
+
+    Raises:
+        DataError: The folder cannot be looked at.
+    """
+    with data_errors(f"looking at {root}"):
+        if filesystem.exists(f"{root}/{INDEX_NAME}"):
+            return ""
+        if not filesystem.exists(f"{root}/{PROGRESS_NAME}"):
+            return ""
+    return (
+        f"not whole: the command that fills {root} has not come to its end ({PROGRESS_NAME} is"
+        f" there and {INDEX_NAME} is not). Run it again to go on; until then rows are missing"
+    )

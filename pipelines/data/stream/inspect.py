@@ -19,6 +19,7 @@ from pipelines.data.shards.columns import (
     map_columns,
 )
 from pipelines.data.shards.filesystem import S3Settings
+from pipelines.data.shards.index import unfinished_in_words
 from pipelines.data.shards.parquet import Footer
 from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.rejection import Rejection, split_reason
@@ -59,6 +60,8 @@ class FolderFacts:
         captions: The usable captions of the first window that has some.
         columns: Where the first readable shard has ids and captions.
         names: Names of the set's columns.
+        unfinished: What is left to do, where the command that fills the folder has not come to its
+            end; empty where it has.
     """
 
     num_shards: int
@@ -69,6 +72,7 @@ class FolderFacts:
     captions: tuple[str, ...] = ()
     columns: ColumnMap = field(default_factory=lambda: ColumnMap({}))
     names: ColumnNames = ColumnNames()
+    unfinished: str = ""
 
     @property
     def found(self) -> str:
@@ -124,6 +128,7 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
                 tuple(table.filter(table.column(REASON).is_null()).column(CAPTION).to_pylist()),
                 columns,
                 names,
+                "" if place.only else unfinished_in_words(place.filesystem, place.root),
             )
         rejects += [
             Rejection(

@@ -20,6 +20,9 @@ from pipelines.data.checking.check_report import quantiles
 from pipelines.data.clips.clip_format import ClipLimits
 from pipelines.data.shards.schema import Encoding, encoded_schema
 from pipelines.data.shards.values import pack
+from pipelines.data.stream.inspect import inspect_folder
+from pipelines.data.stream.plan import ShuffleSettings
+from pipelines.data.stream.source import Source
 from pipelines.media.video import encode_mp4
 from pipelines.shapes import NUM_FRAMES, write_shards
 from sgmd_core.errors import DataError
@@ -338,3 +341,19 @@ def test_a_file_that_is_no_shard_by_its_name_is_told_so(clips: Path):
     shutil.copy(shards_of(clips)[0], clips / "_prompts.parquet")
     with pytest.raises(DataError, match="names that begin with _ or"):
         check_shards(str(clips / "_prompts.parquet"), CheckOptions(num_processes=0))
+
+
+def test_a_set_whose_making_stopped_halfway_is_not_called_whole(tmp_path):
+    manifest = tmp_path / "captions.csv"
+    manifest.write_text("caption\na red circle\na blue bar\n\" \"\n")
+    made = ["prepare", str(manifest), str(tmp_path / "set"), "--captions-only"]
+    runner = CliRunner()
+    assert runner.invoke(app, made).exit_code == 2, "one caption of three is blank"
+    looked = runner.invoke(app, ["check", str(tmp_path / "set")])
+    assert looked.exit_code == 0
+    assert "not whole" in looked.output and "_index.json" in looked.output
+    first_look = inspect_folder(Source(str(tmp_path / "set")), 0, ShuffleSettings())
+    assert "not whole" in first_look.unfinished
+    assert runner.invoke(app, [*made, "--max-bad-fraction", "0.5"]).exit_code == 0
+    assert check_shards(str(tmp_path / "set"), HERE).unfinished == ""
+    assert "not whole" not in runner.invoke(app, ["check", str(tmp_path / "set")]).output
