@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.config.digest import MAY_CHANGE
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.settings_check import known_keys
 from pipelines.pretraining.config import PretrainConfig
@@ -65,3 +66,9 @@ def test_recipe_keys_that_pages_name_exist():
     ]
     assert len(found) > 50
     assert [(page, key) for page, key in found if key not in parts] == []
+
+
+def test_the_page_on_resuming_lists_the_keys_that_may_differ():
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^Keys that may differ: (.*?)\. ", page, re.MULTILINE)
+    assert re.findall(r"`([^`]+)`", listed) == list(MAY_CHANGE)

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 class EvaluateArguments(OptionGroup):
     """Options of `sgmd evaluate` by their names in `EvaluationOptions`."""
 
-    num_captions: Annotated[int, typer.Option(help="Clips in every set")] = 256
+    num_captions: Annotated[
+        int | None, typer.Option(help="Clips in every set; default 256, or all where fewer")
+    ] = None
     teacher_steps: Annotated[int | None, typer.Option(help="Steps of the reference")] = None
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance of the teacher")] = None
     batch_size: Annotated[

@@ -9,7 +9,6 @@ from cluster.checkpoints import MANIFEST, Checkpoints
 from cluster.errors import StorageError
 from cluster.logs import ANY, is_kind
 from cluster.storage import read_json, write_json
-from pipelines.config.digest import MAY_CHANGE
 from pipelines.config.old_runs import settings_before_they_existed
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.config.yaml_text import shortened
@@ -155,10 +154,10 @@ def _require_same(found: Sequence[str], folder: RunFolder) -> None:
         raise CheckpointError(
             f"resuming {folder}",
             "; ".join(found),
-            "the model, the data and the settings that it began with, but for "
-            f"{', '.join(MAY_CHANGE)}",
-            f"Resume with the run's own config.yaml: sgmd distill {folder.config} --resume ..., "
-            "with its model and its data, at any path",
+            "the model, the data and the settings that decide numbers as it began with them",
+            f"Leave these as they were: sgmd distill --resume {folder} has the run's own settings;"
+            " docs/runs.md lists the keys that may change. For a change of the others begin a new"
+            " run, from these weights if you like: `sgmd export`, and model.folder=...",
         )
 
 

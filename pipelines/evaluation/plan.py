@@ -44,6 +44,8 @@ _CACHE_FOLDER = "evaluation-cache"
 _log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
+_FEWEST_CAPTIONS = 2
+_MOST_CAPTIONS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class EvaluationOptions:
     """Amount and way of sampling.
 
     Attributes:
-        num_captions: Held-out captions, one clip each in every set.
+        num_captions: Held-out captions, one clip each in every set; None takes 256, or all where
+            there are fewer.
         seed: Seed A; seed B is the next number.
         batch_size: Most clips that are sampled side by side; large ones are fewer.
         teacher_steps: Steps of the reference; None takes the recipe's, or 30.
@@ -63,7 +66,7 @@ class EvaluationOptions:
             the built-in features, which need none.
     """
 
-    num_captions: int = 256
+    num_captions: int | None = None
     seed: int = 0
     batch_size: int = 16
     teacher_steps: int | None = None
@@ -81,7 +84,7 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         """Checks the values."""
         least = {
-            "num_captions": 2,
+            "num_captions": _FEWEST_CAPTIONS,
             "batch_size": 1,
             "num_bootstraps": 2,
             "num_shown": 1,
@@ -321,9 +324,17 @@ def sampling_precision(config: DistillConfig | None) -> Precision:
 def _captions(
     folder: str, options: EvaluationOptions, config: DistillConfig | None
 ) -> tuple[str, ...]:
-    if config is None:
-        return first_captions(folder, S3Settings(), options.seed, options.num_captions)
-    data = config.data
-    is_own = folder == data.validation
-    names = (data.validation_columns or data.columns) if is_own else ColumnNames()
-    return first_captions(folder, data.s3, options.seed, options.num_captions, names)
+    s3, names = S3Settings(), ColumnNames()
+    if config is not None:
+        s3 = config.data.s3
+        if folder == config.data.validation:
+            names = config.data.validation_columns or config.data.columns
+    if options.num_captions is not None:
+        return first_captions(folder, s3, options.seed, options.num_captions, names)
+    found = first_captions(folder, s3, options.seed, _MOST_CAPTIONS, names, _FEWEST_CAPTIONS)
+    if len(found) < _MOST_CAPTIONS:
+        _log.warning(
+            "%s holds %d captions, fewer than the usual %d: all are taken",
+            *(folder, len(found), _MOST_CAPTIONS),
+        )
+    return found

@@ -179,17 +179,32 @@ def first_texts(
 
 
 def first_captions(
-    url: str, s3: S3Settings, seed: int, wanted: int, names: ColumnNames = ColumnNames()
+    url: str,
+    s3: S3Settings,
+    seed: int,
+    wanted: int,
+    names: ColumnNames = ColumnNames(),
+    at_least: int | None = None,
 ) -> tuple[str, ...]:
     """The first captions of a folder's seeded order, to validate or evaluate with.
 
     Figures of two runs are compared over them, so they depend on folder and seed alone, and nothing
     is left out: one bad row is an error.
 
+    Args:
+        url: The folder, or a file of captions.
+        s3: How patiently it is read.
+        seed: Of the order.
+        wanted: Captions that are taken.
+        names: Names of the set's columns.
+        at_least: All are taken where there are fewer than `wanted` and no fewer than these; None:
+            fewer are an error.
+
     Raises:
         DataError: The folder cannot be read, or a row met on the way cannot be used.
         ConfigError: It holds fewer rows.
     """
+    least = wanted if at_least is None else at_least
     settings = StreamSettings(Source(url, s3, names=names), seed, max_bad_fraction=0.0)
     found: list[str] = []
     with Feed(settings, FeedProgress(), min(wanted, _CAPTIONS_AT_ONCE)) as feed:
@@ -206,10 +221,12 @@ def first_captions(
             found += batch.captions
             if batch.epochs[-1][0] > 0:
                 num_rows = len(found) - sum(count for epoch, count in batch.epochs if epoch > 0)
+                if num_rows >= least:
+                    return tuple(found[:num_rows])
                 raise ConfigError(
-                    f"choosing {wanted} captions from {url}",
+                    f"choosing {least} captions from {url}",
                     f"{num_rows} rows",
-                    f"at least {wanted}",
+                    f"at least {least}",
                     "Ask for fewer captions (validation.num_captions or study.num_captions of a"
                     " recipe, --num-captions of `sgmd evaluate`), or add some",
                 )

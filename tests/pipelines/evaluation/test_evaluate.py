@@ -438,6 +438,12 @@ class TestWrongRequests:
         with pytest.raises(ConfigError, match="8 rows"):
             run_evaluation(place, tmp_path, num_captions=9)
 
+    def test_where_no_number_is_asked_for_all_of_a_small_set_are_taken(self, place, caplog):
+        usual = replace(OPTIONS, num_captions=None)
+        places = (place / "generator", place / "teacher", str(place / "captions"), None, None)
+        assert len(plan_evaluation(*places, usual).captions) == 8
+        assert "holds 8 captions, fewer than the usual 256" in caplog.text
+
     def test_a_folder_without_shards_is_named(self, place, tmp_path):
         with pytest.raises(DataError, match="nothing"):
             evaluate(

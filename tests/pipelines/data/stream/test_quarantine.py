@@ -304,6 +304,10 @@ def test_held_out_captions_are_all_good_or_refused(folder: Path) -> None:
     assert len(set(first_captions(str(folder), S3Settings(), 0, NUM_GOOD))) == NUM_GOOD
     with pytest.raises(ConfigError, match=r"30 rows.*at least 31"):
         first_captions(str(folder), S3Settings(), 0, 31)
+    everything = first_captions(str(folder), S3Settings(), 0, NUM_GOOD)
+    assert first_captions(str(folder), S3Settings(), 0, 70, at_least=2) == everything
+    with pytest.raises(ConfigError, match=r"30 rows.*at least 31"):
+        first_captions(str(folder), S3Settings(), 0, 70, at_least=31)
     write_shard(folder / "bad.parquet", ["b"], [""])
     with pytest.raises(DataError, match=r"held-out.*bad\.parquet"):
         first_captions(str(folder), S3Settings(), 0, NUM_GOOD)
