@@ -23,7 +23,7 @@ from cluster.folders import whole_folder_at
 from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source
 from pipelines.exporting.target import EXPORTS, require_safe_target
-from pipelines.run.folder import require_inside
+from pipelines.run.folder import RunFolder, require_inside
 from pipelines.run.places import shared_place
 from pipelines.run.working_copy import run_copy
 from sgmd_core.errors import ConfigError, ModelFolderError
@@ -37,6 +37,7 @@ from workers.models.exchange import (
     part_path,
 )
 from workers.models.exporting import DTYPES, Components, narrowed
+from workers.models.families import family_of
 from workers.models.low_rank import LowRank, approximate_all, share_kept
 from workers.models.weight_digests import SETTINGS_FILE, write_model_settings
 
@@ -179,10 +180,14 @@ def _export(
 
 
 def _require_there(run_or_model: Path) -> None:
-    """Refuses a path that leads nowhere, before others that are made of it are looked at."""
-    if not store_address(run_or_model) and not local_model(run_or_model).is_dir():
+    """Refuses what is no run and no model, before paths that are made of it are looked at."""
+    if store_address(run_or_model):
+        return
+    if not local_model(run_or_model).is_dir():
         attempted = f"looking for the run or model {run_or_model}"
         raise missing_folder(run_or_model, attempted, "Check the path")
+    if not RunFolder(run_or_model).config.exists():
+        family_of(local_model(run_or_model))
 
 
 Factors = Mapping[str, LowRank]

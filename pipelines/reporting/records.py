@@ -118,8 +118,10 @@ def read_run(run_folder: str | Path) -> RunRecords:
     if not any(path.exists() for path in (folder.config, folder.metrics, evaluation)):
         raise CheckpointError(
             f"reading the run {folder}",
-            "neither config.yaml nor metrics.jsonl nor evaluation.json there",
+            "neither config.yaml nor metrics.jsonl nor evaluation.json there"
+            + ("" if folder.root.is_dir() else ", and no such folder"),
             "the folder of a run",
+            "Check the path; a run's folder is OUTPUT/NAME",
         )
     faults = _Faults()
     text = _text(folder.config, faults)

@@ -285,7 +285,7 @@ class RunFolder:
         if not self.config.exists():
             raise CheckpointError(
                 f"{attempted} {self}",
-                "no config.yaml there",
+                "no config.yaml there" + ("" if self.root.is_dir() else ", and no such folder"),
                 "the folder of an earlier run",
                 remedy,
             )

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ from sgmd_core.errors import StopRequestedError
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _TWICE_S = 0.3
 """Signals of one kind that come closer together are one."""
+_SHOW_CURSOR = "\x1b[?25h"
+_STDERR = 2
 
 T = TypeVar("T")
 
@@ -120,6 +122,7 @@ class StopRequests:
             if name == self.received and now_s - self._first_s < _TWICE_S:
                 return
             # Ends at once, as promised: without clean-up, which might wait.
+            _say_last(f"{name} again: ended at once. What was saved before is kept.")
             os._exit(128 + number)
         self.received, self._first_s = name, now_s
         if self._is_over:
@@ -169,3 +172,10 @@ def stop_requests(tell: Callable[[str], None], limit_s: float = 300.0) -> Iterat
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _say_last(words: str) -> None:
+    """Writes a line past all buffers, and shows the cursor, which progress bars hide."""
+    with suppress(OSError):
+        shown = _SHOW_CURSOR if os.isatty(_STDERR) else ""
+        os.write(_STDERR, f"{shown}\n{words}\n".encode())

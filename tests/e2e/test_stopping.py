@@ -135,9 +135,19 @@ def test_a_second_signal_ends_at_once() -> None:
         "    time.sleep(60)\n"
     )
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    terminal, stderr = os.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, timeout=60
+        )
+        told = os.read(terminal, 4096).decode()
+    finally:
+        os.close(terminal)
+        os.close(stderr)
     assert done.returncode == 143
     assert time.monotonic() - began < 60
+    assert "SIGTERM again: ended at once" in told
+    assert told.startswith("\x1b[?25h"), "progress bars hide the cursor"
 
 
 def test_the_error_says_where_the_state_is_and_with_which_code_the_process_ends() -> None:

@@ -1,5 +1,6 @@
 """Files of a denoiser for other programs hold it whole, in the names that these programs read."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ from workers.models.wan import load_transformer
 from workers.models.wan_exchange import WanExchange, original_name
 
 CAPTION = "a red circle moves left"
+
+
+class Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +59,14 @@ def test_a_file_of_weights_is_read_back_to_the_bit(base, tmp_path, form) -> None
     assert all(name.startswith("model.diffusion_model.") for name in load_file(path)) == (
         form == "comfyui"
     )
-    read = WanExchange().read_weights({"": path}, base)
+    # diffusers' loggers do not propagate to where caplog listens.
+    logger, heard = logging.getLogger("diffusers.models.modeling_utils"), Heard()
+    logger.addHandler(heard)
+    try:
+        read = WanExchange().read_weights({"": path}, base)
+    finally:
+        logger.removeHandler(heard)
+    assert heard.messages == []
     assert read.keys() == weights.keys()
     assert all(torch.equal(read[name], weights[name]) for name in weights)
 

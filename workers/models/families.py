@@ -95,7 +95,7 @@ def family_of(folder: str | Path) -> ModelFamily:
                 f"Give {snapshots[-1]}",
             )
         refusals = (family.explain_files(path) for family in families())
-        raise next(filter(None, refusals), None) or _unknown(path, f"no {INDEX_FILE}")
+        raise next(filter(None, refusals), None) or _no_model(path)
     pipeline = str(index.get("_class_name"))
     kinds = (family.traits.relatives.get(pipeline) for family in families())
     kind = next(filter(None, kinds), None)
@@ -179,6 +179,17 @@ def _holds(folder: Path, index: Mapping[str, Any] | None, traits: FamilyTraits) 
         return index.get("_class_name") == layout.pipeline_class
     config = folder / layout.denoiser / CONFIG_FILE
     return config.is_file() and read_model_json(config).get("_class_name") == layout.denoiser_class
+
+
+def _no_model(folder: Path) -> ModelFolderError:
+    """An empty folder, or one of other things: it needs no list of what families are."""
+    pipelines = dict.fromkeys(family.traits.layout.pipeline_class for family in families())
+    return ModelFolderError(
+        f"loading the model {folder}",
+        f"no {INDEX_FILE}" + (" and nothing else" if not any(folder.iterdir()) else ""),
+        f"a folder in the format of diffusers, of {' or '.join(pipelines)}",
+        "Check the path; where a run is meant, its folder is OUTPUT/NAME and has a config.yaml",
+    )
 
 
 def _unknown(folder: Path, found: str) -> ModelFolderError:

@@ -12,7 +12,8 @@ vae/ and scheduler/.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -50,6 +51,17 @@ from workers.models.wan_family import (
 from workers.models.wan_folder import build_component, check_component
 
 _TIME_SCALE = 1000.0
+
+
+@contextmanager
+def quiet_networks() -> Iterator[None]:
+    """Leaves out what diffusers logs of its networks, where all of it is checked or meant here."""
+    chatter = logging.getLogger("diffusers.models.modeling_utils")
+    chatter.disabled, before = True, chatter.disabled
+    try:
+        yield
+    finally:
+        chatter.disabled = before
 
 
 class WanVelocity(Denoiser):
@@ -119,14 +131,12 @@ class WanVelocity(Denoiser):
     def set_attention(self, name: AttentionName) -> None:
         """Compute attention by a kernel of diffusers, in this network alone."""
         active, _ = _AttentionBackendRegistry.get_active_backend()
-        chatter = logging.getLogger("diffusers.models.modeling_utils")
-        chatter.disabled, before = True, chatter.disabled
         try:
-            self.transformer.set_attention_backend(name)
+            with quiet_networks():
+                self.transformer.set_attention_backend(name)
         finally:
             # diffusers also makes it the default of the process, where other roles may live.
             _AttentionBackendRegistry.set_active_backend(active)
-            chatter.disabled = before
         kernel = KERNELS[name]
         # Libraries that take float32, too, want one type of queries, keys and values.
         if kernel.in_bf16 or kernel.module:

@@ -28,7 +28,7 @@ from workers.models.exchange import COMFYUI, LORA, ScaledLora
 from workers.models.lora_files import UNDERSCORED, lora_changes, read_lora
 from workers.models.low_rank import LowRank
 from workers.models.sharded_loading import load_sharded
-from workers.models.wan import WanVelocity
+from workers.models.wan import WanVelocity, quiet_networks
 from workers.models.wan_family import LOW_NOISE, TRANSFORMER
 from workers.models.wan_folder import check_component
 from workers.models.weight_changes import ChangedWeights, WeightChange
@@ -123,14 +123,16 @@ class WanExchange:
             member = self._members[part]
             own = check_component(base_folder, member.component).architecture.shapes
             _require_tensors(path, own)
-            # Typed as if it returned nothing.
-            network: Any = WanTransformer3DModel.from_single_file(
-                str(path),
-                config=str(base_folder),
-                subfolder=member.component,
-                torch_dtype=torch.float32,
-                local_files_only=True,
-            )
+            # All of it is read in float32, and diffusers warns that a part should be.
+            with quiet_networks():
+                # Typed as if it returned nothing.
+                network: Any = WanTransformer3DModel.from_single_file(
+                    str(path),
+                    config=str(base_folder),
+                    subfolder=member.component,
+                    torch_dtype=torch.float32,
+                    local_files_only=True,
+                )
             found |= {member.prefix + name: value for name, value in network.state_dict().items()}
         return found
 

@@ -38,6 +38,7 @@ from sgmd_core.errors import DataError
 
 _BAD_CAPTION = Reason.UNREADABLE_CAPTION
 _SHOWN_CHARS = 400
+_OTHERS = ";|\t,"  # what stands between the fields of other programs' tables
 _NO_IDS = (type(None), bool, float, list, dict, bytes)
 _SETTLING_ROWS = 64  # of a file without a header, whose keys are its columns
 
@@ -220,6 +221,12 @@ def _missing_columns(
         )
     near = [f"{one} for {name}" for name in missing if (one := nearest_column(name, found))]
     remedy = f"{remedy}. Nearest: {printable(', '.join(near))}" if near else remedy
+    if (kind := PurePosixPath(address).suffix.lower()) in (".csv", ".tsv"):
+        expected += f", in a {kind} whose first line names the columns"
+        used = "," if kind == ".csv" else "a tab"
+        if len(found) == 1 and (other := next((each for each in _OTHERS if each in found[0]), "")):
+            shown = "tabs" if other == "\t" else repr(other)
+            remedy = f"Save it with {used} between the fields: these are separated by {shown}"
     return DataError(
         f"reading {address}",
         f"the columns {printable(', '.join(found))[:_SHOWN_CHARS]}; no {', '.join(missing)}",

@@ -142,6 +142,9 @@ def test_a_changed_file_is_read_anew_within_one_process(tmp_path):
     ("name", "text", "words"),
     [
         ("a.csv", "words,length\na red circle,2\n", "no caption or prompt or text"),
+        ("a.csv", "id;caption\n1;a red circle\n", "Save it with , between the fields.*by ';'"),
+        ("a.tsv", "id,caption\n1,a red circle\n", "a tab between the fields.*by ','"),
+        ("a.csv", "a red circle\na blue bar\n", "whose first line names the columns"),
         ("a.txt", "\n  \n", "no row"),
         ("a.json", "{broken", "no JSON"),
         ("a.json", '{"a": {"b": 1}}', "an object with the keys a"),
