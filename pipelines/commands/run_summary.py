@@ -56,6 +56,8 @@ def dry_run_words(result: Mapping[str, Any]) -> list[RenderableType]:
         for name, value in result.items()
         if name not in ("unknown_words", "unfinished_sets", "checked", "not_checked", "objective")
     }
+    if not result["held_out_captions"]:
+        facts["held_out_captions"] = "not looked at: validation.every is 0"
     method = {"objective": result["objective"].get("method", "")}
     shown: list[RenderableType] = [pairs(facts | method)]
     for heading, key in (("checked", "checked"), ("not checked", "not_checked")):

@@ -333,6 +333,11 @@ def _take_up(
             iteration=start.iteration,
         )
     )
+    if start.iteration >= config.iterations:
+        warn(
+            f"the run has made {start.iteration} iterations, and iterations={config.iterations} "
+            "asks for no more: nothing is trained, and its results are written again"
+        )
     return start, told
 
 

@@ -138,7 +138,11 @@ def test_a_second_signal_ends_at_once() -> None:
     terminal, stderr = os.openpty()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, timeout=60
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            timeout=60,
         )
         told = os.read(terminal, 4096).decode()
     finally:
