@@ -225,7 +225,7 @@ def _nothing_left(num_gpus: int, beside: Mapping[str, float]) -> ConfigError:
     least = math.ceil(sum(beside.values())) + 1
     return ConfigError(
         f"planning for {num_gpus} GPUs",
-        f"no GPU left for the roles beside {taken or 'nothing'}",
+        f"no GPU left for the roles beside {taken}" if taken else "no GPU for the roles",
         "at least one",
         "; ".join(remedies) + f"; or give --gpus {least}" if remedies else "Give --gpus 1 or more",
     )

@@ -143,7 +143,7 @@ def test_a_file_of_captions_is_encoded_and_unknown_words_and_bad_rows_are_named(
     assert (report.num_clips, report.rejected) == (3, {"bad_manifest_row": 1})
     assert "row 2 of the file" in report.examples["bad_manifest_row"]
     assert report.unknown_words == UnknownWords(3, 1, ("sideways",))
-    assert "1 of the 3 captions looked at hold words" in report.notes()[-1]
+    assert "1 of the 3 captions read have words" in report.notes()[-1]
     table = pq.read_table(tmp_path / "set" / "part-00000.parquet")
     assert table["caption"].to_pylist() == [lines[row]["prompt"] for row in (0, 1, 0)]
 

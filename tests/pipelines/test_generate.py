@@ -127,7 +127,7 @@ class TestFiles:
         assert warnings == []
         generate(model, [PROMPT, "a zebra moves left"], output=tmp_path)
         (text,) = warnings
-        assert text.startswith("1 of the 2 captions looked at hold words")
+        assert text.startswith("1 of the 2 captions read have words")
         assert "'zebra'" in text
 
     def test_the_command_takes_a_file_of_prompts_and_a_number_of_clips(self, model, tmp_path):

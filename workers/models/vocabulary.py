@@ -33,7 +33,7 @@ class UnknownWords:
         """One line."""
         examples = f", such as {', '.join(map(repr, self.words))}" if self.words else ""
         return (
-            f"{self.num_affected} of the {self.num_captions} captions looked at hold words that the"
+            f"{self.num_affected} of the {self.num_captions} captions read have words that the"
             f" tokenizer does not know{examples}; each becomes the same token"
         )
 

@@ -6,11 +6,13 @@ A set is usable when it has rows, its shards agree with each other and with its 
 than the accepted share of rows is bad.
 """
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePosixPath
 
 import numpy as np
 from fsspec import AbstractFileSystem
@@ -201,6 +203,10 @@ def check_shards(
     misfits = _misfits(shards, {each.folder for each in buckets})
     problems = opened.problems + unwritten + misfits + _index_problems(index, opened)
     encoding = shards[0].encoding if shards else None
+    is_made = folder != url and not only
+    examples = [*opened.unreadable, *tally.examples][:NUM_EXAMPLES]
+    if is_made:
+        examples = [_in_file(each, url, shards) for each in examples]
     return CheckReport(
         folder=url,
         kind=shards[0].kind.value if shards else "",
@@ -209,10 +215,10 @@ def check_shards(
         others="" if only else _others_in_words(filesystem, root),
         columns=columns or _columns_in_words(shards),
         num_rows=num_rows + per_shard * len(opened.unreadable),
-        num_bytes=_num_bytes(url, opened, is_made=folder != url and not only),
+        num_bytes=_num_bytes(url, opened, is_made=is_made),
         problems=problems if num_rows else [*problems, _no_rows(opened)],
         bad=dict(bad.most_common()),
-        examples=[each.in_words() for each in [*opened.unreadable, *tally.examples][:NUM_EXAMPLES]],
+        examples=[each.in_words() for each in examples],
         captions=tally.captions(),
         decoded=tally.num_tried,
         videos=tally.videos(),
@@ -221,6 +227,14 @@ def check_shards(
         buckets={each.folder: each.num_rows for each in buckets},
         unfinished="" if only else unfinished_in_words(filesystem, root),
     )
+
+
+def _in_file(rejection: Rejection, url: str, shards: Sequence[_OpenShard]) -> Rejection:
+    """A row by its place in the file of captions that the caller has, not in a shard made of it."""
+    before = itertools.takewhile(lambda each: each.shard.path != rejection.source, shards)
+    first = sum(each.shard.num_rows for each in before)
+    row = None if rejection.row is None else first + rejection.row
+    return replace(rejection, source=PurePosixPath(url).name, row=row)
 
 
 def _num_bytes(url: str, opened: _Opened, *, is_made: bool) -> int:

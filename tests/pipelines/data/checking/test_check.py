@@ -345,15 +345,26 @@ def test_a_file_that_is_no_shard_by_its_name_is_told_so(clips: Path):
 
 def test_a_set_whose_making_stopped_halfway_is_not_called_whole(tmp_path):
     manifest = tmp_path / "captions.csv"
-    manifest.write_text("caption\na red circle\na blue bar\n\" \"\n")
+    manifest.write_text('caption\na red circle\na blue bar\n" "\n')
     made = ["prepare", str(manifest), str(tmp_path / "set"), "--captions-only"]
     runner = CliRunner()
     assert runner.invoke(app, made).exit_code == 2, "one caption of three is blank"
     looked = runner.invoke(app, ["check", str(tmp_path / "set")])
     assert looked.exit_code == 0
-    assert "not whole" in looked.output and "_index.json" in looked.output
+    assert "not whole" in looked.output
+    assert "_index.json" in looked.output
     first_look = inspect_folder(Source(str(tmp_path / "set")), 0, ShuffleSettings())
     assert "not whole" in first_look.unfinished
     assert runner.invoke(app, [*made, "--max-bad-fraction", "0.5"]).exit_code == 0
     assert check_shards(str(tmp_path / "set"), HERE).unfinished == ""
     assert "not whole" not in runner.invoke(app, ["check", str(tmp_path / "set")]).output
+
+
+def test_a_bad_row_of_a_file_of_captions_is_named_in_that_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.data.making.caption_file._SHARD_ROWS", 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    table = tmp_path / "captions.csv"
+    table.write_text("prompt,id\na,1\nb,2\nc,3\n ,4\n")
+    report = check_shards(str(table), HERE)
+    assert report.num_shards == 2
+    assert report.examples == ["captions.csv, row 3: empty_caption (nothing but blanks)"]
