@@ -1,6 +1,7 @@
 """What makes SGMD break up in 256 dimensions at high learning rates, one control at a time.
 
     python benchmarks/break_up.py
+    python benchmarks/break_up.py --samples
 
 The world `dim-256` of `sgmd study gaussians`, both rates 0.01, 12 seeds, 200 iterations, all seeds
 side by side. A seed has broken up if it ends further than 1 from the truth in squared energy
@@ -14,6 +15,10 @@ distance, where the others end at 0.1 to 0.4. Controls change one thing each:
     affine     a generator whose samples are Gaussian: tracked, or with their exact velocity in the
                place of the fake score's
     dmd        the same signal to the sample itself, not through the fake score's input
+
+With `--samples`: which samples make the gradients jump from which the two broken seeds of the study
+come, at the rates of its search; the share of the largest one in the sum of squares of a batch, its
+length over the median, its noise level, and the exact posterior of its most likely mode.
 """
 
 import argparse
@@ -35,12 +40,14 @@ from pipelines.study.gaussians.distilling import (
 )
 from pipelines.study.gaussians.measuring import ENERGY, Truth
 from pipelines.study.gaussians.networks import MemberAdam
-from sgmd_core.types import Latents, PerSample, Purpose, Text
+from sgmd_core.types import Latents, PerSample, Purpose, Text, detached
 
 WORLD = "dim-256"
 RATE, BROKEN = 0.01, 1.0
 GENERATOR, FAKE_SCORE = 0, 1
 MANY = 1000
+JUMPING, JUMPS = (6, 11, 0, 1), (429, 483)
+"""Seeds, and iterations: 11 jumps at the first, 6 at the second, 0 and 1 stand beside them."""
 
 Control = Callable[[GaussianDistillation], None]
 
@@ -201,14 +208,60 @@ def distances(case: Case, seeds: int, iterations: int) -> list[float]:
     return [truth.figures(own, member.seed)[ENERGY] for member, own in pairs]
 
 
+def largest_samples() -> None:
+    """Prints, for two jumps, the sample with the largest gradient of each of four seeds."""
+    config = load(GaussianStudyConfig, "gaussians", ["variants={sgmd: {}}"])
+    world, variant = config.worlds[WORLD], config.variants["sgmd"]
+    members = [Member(seed, 0.003, 0.01) for seed in JUMPING]
+    distillation = GaussianDistillation(config, world, variant, members)
+    print("iteration", "seed", "share", "over median", "sigma", "posterior", sep="\t")
+    for iteration in range(max(JUMPS) + 1):
+        if iteration in JUMPS:
+            for seed, row in zip(JUMPING, _largest(distillation, iteration), strict=True):
+                print(iteration, seed, *(f"{value:.2f}" for value in row), sep="\t", flush=True)
+        distillation.iterate(iteration)
+
+
+def _largest(distillation: GaussianDistillation, iteration: int) -> list[tuple[float, ...]]:
+    """The gradient that the next iteration makes, by its largest sample in each member."""
+    made = distillation._query(
+        distillation._draws.batch(iteration, Purpose.GENERATE, 0), keep_graph=False
+    )
+    query = detached(made, x0=made.x0.detach().requires_grad_())
+    teacher = distillation.teacher
+    asked = query.x_t, query.sigma, query.text
+    velocities = distillation._fake_score(*asked), teacher(*asked).detach()
+    loss = distillation._objective.generator_loss(query, *velocities).value
+    (gradient,) = torch.autograd.grad(loss, query.x0)
+    # Centres have one length, which does not enter.
+    alpha, sigma = 1 - query.sigma[:, None], query.sigma[:, None]
+    variance = alpha.square() * teacher.spread**2 + sigma.square()
+    logits = alpha * (points(query.x_t.detach()) @ teacher.centres.T) / variance
+    posterior = torch.softmax(logits, dim=1).max(dim=1).values
+    rows: list[tuple[float, ...]] = []
+    per_member = (points(gradient).norm(dim=1), query.sigma, posterior)
+    for lengths, levels, modes in zip(
+        *(each.reshape(len(JUMPING), -1) for each in per_member), strict=True
+    ):
+        most = int(lengths.argmax())
+        share = lengths[most].square() / lengths.square().sum()
+        row = share, lengths[most] / lengths.median(), levels[most], modes[most]
+        rows.append(tuple(value.item() for value in row))
+    return rows
+
+
 def main() -> None:
     """Prints a row a case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--samples", action="store_true")
     parser.add_argument("cases", nargs="*", help="names; default: all")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.samples:
+        largest_samples()
+        return
     print("changed", "broken", "median", "most", sep="\t")
     for case in CASES:
         if given.cases and case.name not in given.cases:
