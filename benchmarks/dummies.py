@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.schedule.chains import join_calls
 from cluster.schedule.execution import takers_of
 from cluster.schedule.program import Team
 from cluster.schedule.schedule import Call
 from cluster.schedule.simulate import Costs, mean_period
-from cluster.worker_group import Future, WorkerGroup, taken_by
+from cluster.worker_group import Future, WorkerGroup, made_together, taken_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,24 +125,32 @@ def run_dummies(
         teams: Processes by role, where roles share pools.
     """
     handed_on = {place for call in calls for place in call.inputs}
-    # In ascending order, so that the last use is the one that stays.
-    last_use = {
-        place: at for at, call in enumerate(calls) for place in (*call.inputs, *call.waits_for)
-    }
+    # In the order in which they are made, so that the last use is the one that stays.
+    chains = join_calls(calls, teams or {})
+    order = [place for chain in chains for place in chain]
+    last_use = {place: at for at in order for place in (*calls[at].inputs, *calls[at].waits_for)}
     kept: dict[int, Future[Any]] = {}
     takers = takers_of(calls, teams or {})
     started_s = time.monotonic()
-    for place, call in enumerate(calls):
-        group = groups[call.role]
-        if call.waits_for:
-            group.fetch([kept[other] for other in call.waits_for], timeout_s, "rehearsing")
-        result_bytes = round(costs.result_bytes(call)) if place in handed_on else 0
-        arguments = (place, costs.seconds(call), result_bytes, *(kept[at] for at in call.inputs))
-        with taken_by(takers[place]):
-            kept[place] = group.call_rank(call.rank, DummyWorker.work, *arguments)
-        for other in {*call.inputs, *call.waits_for}:
-            if last_use[other] == place:
-                del kept[other]
+    for chain in chains:
+        head = calls[chain[0]]
+        if head.waits_for:
+            waited = [kept[other] for other in head.waits_for]
+            groups[head.role].fetch(waited, timeout_s, "rehearsing")
+        process = teams[head.role].process(head.role, head.rank) if teams else None
+        with made_together(process if len(chain) > 1 else None):
+            for place in chain:
+                call = calls[place]
+                result_bytes = round(costs.result_bytes(call)) if place in handed_on else 0
+                taken = [kept[at] for at in call.inputs]
+                arguments = (place, costs.seconds(call), result_bytes, *taken)
+                with taken_by(takers[place]):
+                    kept[place] = groups[call.role].call_rank(
+                        call.rank, DummyWorker.work, *arguments
+                    )
+                for other in {*call.inputs, *call.waits_for}:
+                    if last_use[other] == place:
+                        del kept[other]
     naps: list[DummyCall] = []
     for group in groups.values():
         asked = group.call(DummyWorker.take_naps)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
 from cluster.errors import ClusterError, ControllerTensorError
 from cluster.spans import Clock, Work, seconds_by_method
@@ -60,6 +60,64 @@ def taken_by(processes: AbstractSet[tuple[str, int]]) -> Iterator[None]:
 def current_takers() -> frozenset[tuple[str, int]] | None:
     """Processes that take the results of the calls made now; None if not given."""
     return _takers.get()
+
+
+class CallBatch(Protocol):
+    """Calls that a group holds back, to make them as one."""
+
+    def submit(self) -> None:
+        """Makes them."""
+        ...
+
+    def abandon(self) -> None:
+        """Forgets them; their futures lead nowhere."""
+        ...
+
+
+@dataclass(slots=True)
+class BatchedCalls:
+    """Calls of one process that will be made together.
+
+    Attributes:
+        process: (pool, index) of the process; calls of others are made at once.
+        batch: What the group of the first of these calls has begun, and others go on with.
+    """
+
+    process: tuple[str, int]
+    batch: CallBatch | None = None
+
+
+_batched: ContextVar[BatchedCalls | None] = ContextVar("batched", default=None)
+
+
+@contextmanager
+def made_together(process: tuple[str, int] | None) -> Iterator[None]:
+    """Makes the calls inside that go to one process as one, when the block is left.
+
+    They are worked through in their order, and one that fails ends them all. Their futures may be
+    handed on at once, and fetched after the block. Groups of this process make every call at once.
+
+    Args:
+        process: (pool, index) of the process; None: every call is made at once.
+    """
+    calls = None if process is None else BatchedCalls(process)
+    token = _batched.set(calls)
+    try:
+        yield
+    except BaseException:
+        if calls is not None and calls.batch is not None:
+            calls.batch.abandon()
+        raise
+    else:
+        if calls is not None and calls.batch is not None:
+            calls.batch.submit()
+    finally:
+        _batched.reset(token)
+
+
+def current_batch() -> BatchedCalls | None:
+    """The calls that are being held back; None if each is made at once."""
+    return _batched.get()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

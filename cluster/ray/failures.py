@@ -43,8 +43,13 @@ def late_call(futures: "Sequence[RayFuture[Any]]") -> tuple[str, int, str]:
     for actor, (group, rank) in late.ranks.items():
         with suppress(Exception):
             report = read_report(actor)
-            if report is not None and report.method and report.group == group:
+            if report is None or not report.method:
+                continue
+            if report.group == group:
                 return group, rank, report.method
+            # The process works on another call of those that were made together.
+            if late.entry is not None and report.group in dict(late.answer.ranks):
+                return report.group, dict(late.answer.ranks)[report.group], report.method
     return late.group, late.rank, late.method
 
 

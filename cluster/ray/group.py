@@ -6,7 +6,8 @@
 
 Arguments that are future go as references at the top level of the call: Ray waits for them at the
 receiver's end and moves the values from rank to rank, past the controller. The ranks of a group
-have processes of their own, or share them with other groups: see `cluster.ray.host`.
+have processes of their own, or share them with other groups: see `cluster.ray.host`. Calls that are
+made together (`cluster.worker_group.made_together`) are one call of Ray: see `cluster.ray.batch`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from cluster.errors import (
     StartTimeoutError,
 )
 from cluster.joined import JoinedFuture
+from cluster.ray.batch import Answer, HostBatch
 from cluster.ray.direct import Direct
 from cluster.ray.failures import OPEN_GROUPS, first_failure, late_call, raise_cause
 from cluster.ray.host import ArgLayout, CallSpec, Hosts, LocalRef, OwnedResult, SplitArgument
@@ -38,6 +40,7 @@ from cluster.worker_group import (
     R_co,
     W,
     WorkerGroup,
+    current_batch,
     current_takers,
     refuse_array,
 )
@@ -52,17 +55,25 @@ class RayFuture(Future[R_co]):
     """A reference to a result that stays in the object store, or in its process.
 
     Attributes:
-        reference: Ray's reference; dropping the last one frees the value.
+        answer: Has Ray's reference, once the call is made; dropping the last future of it frees the
+            value.
         ranks: (group, rank) by actor id of every actor that this result depends on, so that the
             death of any of them can be told by name.
         owned: Where the value is if it has stayed in its process.
-        sent: Reference for other processes, where it was sent as well.
+        sent: Has the reference for other processes, where it was sent as well.
+        entry: Which of the small results of a batch it is; None: the value itself.
     """
 
-    reference: ray.ObjectRef
+    answer: Answer
     ranks: Mapping[str, tuple[str, int]]
     owned: OwnedResult | None = None
-    sent: ray.ObjectRef | None = None
+    sent: Answer | None = None
+    entry: int | None = None
+
+    @property
+    def reference(self) -> ray.ObjectRef:
+        """Ray's reference."""
+        return self.answer.require()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +193,15 @@ class RayWorkerGroup(WorkerGroup[W]):
     def fetch(self, futures: Sequence[Future[R]], timeout_s: float, phase: str) -> list[R]:
         """Waits for small results; see `WorkerGroup.fetch`."""
         futures = [_as_future(future, phase) for future in futures]
+        references = list(dict.fromkeys(future.reference for future in futures))
         try:
-            wires = ray.get([future.reference for future in futures], timeout=timeout_s)
+            found = dict(zip(references, ray.get(references, timeout=timeout_s), strict=True))
         except GetTimeoutError:
             raise CallTimeoutError(*late_call(futures), phase, timeout_s) from None
         except RayError as error:
             # Ray tells the failure that it met first; the first future's may be its cause.
             raise_cause(first_failure(futures) or error, futures, phase)
+        wires = [_own_part(future, found[future.reference]) for future in futures]
         for future, wire in zip(futures, wires, strict=True):
             where = "result" if isinstance(wire, LocalRef) else array_in(wire)
             if where is not None:
@@ -249,12 +262,12 @@ class RayWorkerGroup(WorkerGroup[W]):
         self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
     ) -> RayFuture[Any]:
         seat = self._seats[rank]
-        sent, layout = self._laid_out(rank, args, method)
+        sent, layout, entries = self._laid_out(rank, args, method)
         named = {
             name: self._sent(rank, value, f"{name} of {method}()")
             for name, value in keywords.items()
         }
-        keep, send = _fate(seat)
+        keep, send, apart = _fate(seat)
         owned = (
             OwnedResult(seat.hosts, seat.index, seat.hosts.next_number(), self._narrow)
             if keep
@@ -271,50 +284,75 @@ class RayWorkerGroup(WorkerGroup[W]):
             None if owned is None else owned.number,
             send,
             seat.hosts.take_dropped(seat.index),
+            entries,
+            apart,
         )
+        inputs = [*args, *keywords.values()]
+        if batch := self._batch(seat):
+            assert not named, "calls that are made together take no keywords"
+            place = (self.name, rank)
+            answer, entry = batch.add(place, spec, sent), batch.num_calls - 1
+            other = batch.add_apart(place) if send or apart else None
+            if apart:
+                return self._pending(rank, method, other or answer, inputs)
+            return self._pending(rank, method, answer, inputs, owned, other, entry)
         run = seat.actor.run
         run = run if via is None else run.options(tensor_transport=via.transport)
-        inputs = [*args, *keywords.values()]
         if not send:
             return self._pending(rank, method, run.remote(spec, *sent, **named), inputs, owned)
         kept, wire = run.options(num_returns=2).remote(spec, *sent, **named)
-        return self._pending(rank, method, kept, inputs, owned, wire)
+        return self._pending(rank, method, kept, inputs, owned, Answer([(self.name, rank)], wire))
+
+    def _batch(self, seat: _Seat) -> HostBatch | None:
+        """The calls of a process that are held back now; None if they are made at once."""
+        calls = current_batch()
+        # Ray gives a call one result where it goes past the object store.
+        if calls is None or calls.process != seat.process or self._direct is not None:
+            return None
+        if calls.batch is None:
+            calls.batch = HostBatch(seat.hosts, seat.index)
+        assert isinstance(calls.batch, HostBatch), "the process belongs to Ray"
+        return calls.batch
 
     def _pending(
         self,
         rank: int,
         method: str,
-        reference: ray.ObjectRef,
+        answer: Answer | ray.ObjectRef,
         inputs: Sequence[object],
         owned: OwnedResult | None = None,
-        sent: ray.ObjectRef | None = None,
+        sent: Answer | None = None,
+        entry: int | None = None,
     ) -> RayFuture[Any]:
-        ranks = {reference.task_id().actor_id().hex(): (self.name, rank)}
+        if not isinstance(answer, Answer):
+            answer = Answer([(self.name, rank)], answer)
+        ranks = {self._seats[rank].actor._actor_id.hex(): (self.name, rank)}
         for value in inputs:
             for piece in value.pieces if isinstance(value, JoinedFuture) else (value,):
                 if isinstance(piece, RayFuture):
                     ranks |= piece.ranks
-        return RayFuture(self.name, rank, method, reference, ranks, owned, sent)
+        return RayFuture(self.name, rank, method, answer, ranks, owned, sent, entry)
 
     def _laid_out(
         self, rank: int, args: Sequence[object], method: str
-    ) -> tuple[list[object], ArgLayout]:
+    ) -> tuple[list[object], ArgLayout, tuple[int | None, ...]]:
         """Returns what is sent for the arguments of a call, and how the receiver assembles them.
 
         Ray resolves references at the top level of a call alone, so the pieces of a joined value
         are sent as arguments of their own.
         """
         sent: list[object] = []
+        entries: list[int | None] = []
         layout: list[SplitArgument | None] = []
         for index, value in enumerate(args):
             where = f"argument {index} of {method}()"
-            if isinstance(value, JoinedFuture):
-                sent += [self._sent(rank, piece, where) for piece in value.pieces]
-                layout.append(SplitArgument(value.spans, value.wanted))
-            else:
-                sent.append(self._sent(rank, value, where))
-                layout.append(None)
-        return sent, tuple(layout)
+            is_joined = isinstance(value, JoinedFuture)
+            for piece in value.pieces if is_joined else (value,):
+                sent.append(self._sent(rank, piece, where))
+                entries.append(_entry_of(piece, sent[-1]))
+            layout.append(SplitArgument(value.spans, value.wanted) if is_joined else None)
+        some = tuple(entries) if any(entry is not None for entry in entries) else ()
+        return sent, tuple(layout), some
 
     def _sent(self, rank: int, value: object, where: str) -> object:
         if not isinstance(value, RayFuture):
@@ -322,11 +360,15 @@ class RayWorkerGroup(WorkerGroup[W]):
         owned = value.owned
         seat = self._seats[rank]
         if owned is None or owned.actor is seat.actor:
+            batch = self._batch(seat)
+            if owned is not None and batch is not None and batch.owns(value.answer):
+                # Made by an earlier call of the same batch, which has no reference yet.
+                return LocalRef(owned.number)
             return value.reference
         if value.sent is not None:
-            return value.sent
+            return value.sent.require()
         # It may have stayed in another process, which sends it now.
-        return owned.actor.deliver.remote(value.reference, owned.narrow)
+        return owned.actor.deliver.remote(value.reference, owned.narrow, value.entry)
 
     def _start_state(self, rank: int) -> str:
         """Returns the state of a rank that is being started."""
@@ -342,17 +384,33 @@ class RayWorkerGroup(WorkerGroup[W]):
         return "ready" if built else f"its process on machine {machine} is still building"
 
 
-def _fate(seat: _Seat) -> tuple[bool, bool]:
-    """Returns whether the result of a call stays in its process, and whether it is sent as well."""
-    if not seat.hosts.shared:
-        return False, False
+def _fate(seat: _Seat) -> tuple[bool, bool, bool]:
+    """Returns what becomes of the result of a call.
+
+    Returns:
+        Whether it stays in its process, whether it is sent as well, and whether it is sent alone.
+    """
     takers = current_takers()
+    if not seat.hosts.shared:
+        return False, False, bool(takers)
     if takers is None:
-        return True, False
+        return True, False, False
     elsewhere = bool(takers - {seat.process})
     # A result that nobody takes is a report, which the controller fetches.
     keep = seat.process in takers
-    return keep, keep and elsewhere
+    return keep, keep and elsewhere, elsewhere and not keep
+
+
+def _own_part(future: RayFuture[Any], value: Any) -> Any:  # noqa: ANN401 - what a call returns
+    """A call's own result, of what it returned together with others."""
+    return value if future.entry is None else value[future.entry]
+
+
+def _entry_of(value: object, sent: object) -> int | None:
+    """Which of a batch's small results is meant by a reference to all of them."""
+    if isinstance(value, RayFuture) and isinstance(sent, ray.ObjectRef):
+        return value.entry if sent == value.answer.reference else None
+    return None
 
 
 def _as_future(future: Future[R], phase: str) -> RayFuture[R]:

@@ -22,7 +22,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -70,6 +70,10 @@ class LocalRef:
     number: int
 
 
+UNREAD = LocalRef(-1)
+"""Stands for a result with arrays that nobody takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class CallSpec:
     """A method call: name, arguments, label, and what becomes of the result.
@@ -84,6 +88,9 @@ class CallSpec:
         keep: Number under which a result that holds arrays stays here; None: it is sent.
         send: Whether a result that stays here is sent as well, as a second return value.
         drop: Numbers of kept results that are no longer needed.
+        entries: For each value that is sent, which of the small results of a batch it is; None: the
+            value itself. Empty: all are themselves.
+        apart: In a batch, whether the result goes to other processes.
     """
 
     worker: str
@@ -95,6 +102,13 @@ class CallSpec:
     keep: int | None
     send: bool
     drop: tuple[int, ...]
+    entries: tuple[int | None, ...] = ()
+    apart: bool = False
+
+    @property
+    def num_sent(self) -> int:
+        """Values that are sent for its arguments."""
+        return sum(1 if split is None else len(split.spans) for split in self.layout)
 
 
 class OwnedResult:
@@ -307,6 +321,37 @@ class Host:
 
     def run(self, spec: CallSpec, /, *sent: object, **keywords: object) -> object:
         """Runs one method on values from the wire; its result goes back onto the wire, or stays."""
+        return self._run(spec, sent, keywords)
+
+    def run_batch(self, specs: Sequence[CallSpec], /, *sent: object) -> object:
+        """Runs several methods, one after another; see `cluster.ray.batch`.
+
+        Args:
+            specs: The calls.
+            sent: Values from the wire for the arguments of all.
+
+        Returns:
+            The small results, one a call, None for a result that holds arrays; and one more value
+            for each result that goes to other processes.
+        """
+        values = iter(sent)
+        small: list[object] = []
+        apart: list[object] = []
+        for spec in specs:
+            result = self._run(spec, [next(values) for _ in range(spec.num_sent)], {})
+            if spec.send:
+                result, wire = cast(tuple[object, object], result)
+                apart.append(wire)
+            elif spec.apart:
+                apart.append(result)
+                result = None
+            # Where nobody takes a result, that of a rank that stands in, it goes nowhere.
+            small.append(UNREAD if array_in(result) is not None else result)
+        return (tuple(small), *apart) if apart else tuple(small)
+
+    def _run(
+        self, spec: CallSpec, sent: Sequence[object], keywords: Mapping[str, object]
+    ) -> object:
         times = [time.monotonic()]
         self._progress.begin(spec.worker, spec.method, spec.label)
         for number in spec.drop:
@@ -321,7 +366,7 @@ class Host:
                     "a worker that its factory can build",
                 )
             named = {name: self._arrived(value) for name, value in keywords.items()}
-            args = _put_in_place([self._arrived(value) for value in sent], spec.layout)
+            args = _put_in_place(self._arrived_ones(sent, spec.entries), spec.layout)
             times.append(time.monotonic())
             result = getattr(worker, method)(*args, **named)
             if torch.cuda.is_initialized():
@@ -332,6 +377,9 @@ class Host:
             if spec.direct:
                 return ready_to_hand_over(result, where)
             if spec.keep is None or array_in(result) is None:
+                if spec.keep is not None:
+                    # A later call of the same batch has nothing else to take it from.
+                    self._kept[spec.keep] = result
                 wire = to_wire(result, where, spec.narrow)
                 return (wire, wire) if spec.send else wire
             # Not put on the wire, which would copy it from a GPU to main memory for nothing.
@@ -348,8 +396,15 @@ class Host:
             rank = self._rank_of(spec.worker)
             self._works.append(Work(spec.worker, rank, method, spec.label, *times))
 
-    def deliver(self, value: object, narrow: frozenset[str]) -> object:
-        """A result of this process for another one, kept or not."""
+    def deliver(self, value: object, narrow: frozenset[str], entry: int | None = None) -> object:
+        """A result of this process for another one, kept or not.
+
+        Args:
+            value: What the call returned.
+            narrow: Kinds of tensors that travel in bfloat16.
+            entry: Which of the small results of a batch it is; None: the value itself.
+        """
+        value = value if entry is None else cast(Sequence[object], value)[entry]
         if not isinstance(value, LocalRef):
             return value
         return to_wire(self._arrived(value), "a kept result", narrow)
@@ -376,6 +431,15 @@ class Host:
     def _rank_of(self, worker: str) -> int:
         """Rank of this process in a group; a group on several pools counts on."""
         return self._ranks.get(worker, self._rank)
+
+    def _arrived_ones(self, sent: Sequence[object], entries: Sequence[int | None]) -> list[object]:
+        """Values from the wire, picked out of a batch's small results where they are among them."""
+        if not entries:
+            return [self._arrived(value) for value in sent]
+        return [
+            self._arrived(value if entry is None else cast(Sequence[object], value)[entry])
+            for value, entry in zip(sent, entries, strict=True)
+        ]
 
     def _arrived(self, value: object) -> object:
         if isinstance(value, LocalRef):

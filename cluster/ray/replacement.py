@@ -99,7 +99,7 @@ def rebuild(
 
 def copy_to_this_machine(futures: Sequence[Future[Any]]) -> None:
     """Asks Ray for copies of results in this machine's object store; returns at once."""
-    references = [future.reference for future in futures if isinstance(future, RayFuture)]
+    references = list({future.reference for future in futures if isinstance(future, RayFuture)})
     ray.wait(references, num_returns=len(references), timeout=0, fetch_local=True)
 
 

@@ -1,6 +1,7 @@
 """Executes a schedule: makes its calls in order, waits where it says so, drops what is used up.
 
     calls -> dispatch(call, inputs) -> futures      dropped after their last use
+             those of a chain as one call           see `cluster.schedule.chains`
     waits -> on_report(call, report)                may refuse to continue
     last call of an iteration -> IterationResult    yielded once all its reports have arrived
 
@@ -17,10 +18,11 @@ from typing import Any
 
 from cluster.errors import ControllerTensorError
 from cluster.joined import join
+from cluster.schedule.chains import join_calls
 from cluster.schedule.program import Process, Team
 from cluster.schedule.schedule import Call
 from cluster.spans import labelled
-from cluster.worker_group import Future, WorkerGroup, taken_by
+from cluster.worker_group import Future, WorkerGroup, made_together, taken_by
 
 Dispatch = Callable[[Call, Mapping[str, Future[Any]]], Future[Any]]
 """Makes a call. The inputs are futures by the stage that made them, cut to the call's samples."""
@@ -52,7 +54,7 @@ class IterationResult:
     Attributes:
         iteration: Its number.
         reports: (call, result) of each call whose result no other call takes.
-        issued: All its calls, in the order in which they were made.
+        issued: All its calls, in the order of the schedule.
     """
 
     iteration: int
@@ -90,26 +92,34 @@ def execute_schedule(
     Raises:
         Exception: An error of a call or of `on_report`; the calls after the wait were not made.
     """
-    run = _Run(calls, groups, timeout_s)
-    ends = {call.iteration: place for place, call in enumerate(calls)}
+    chains = join_calls(calls, teams or {})
+    run = _Run(calls, [place for chain in chains for place in chain], groups, timeout_s)
+    ends = {calls[chain[0]].iteration: number for number, chain in enumerate(chains)}
     takers = takers_of(calls, teams or {})
     last = calls[0].iteration if calls else 0
     is_over = False
-    for place, call in enumerate(calls):
-        if call.iteration > last:
+    for number, chain in enumerate(chains):
+        head = calls[chain[0]]
+        if head.iteration > last:
             is_over = is_over or not goes_on()
             if is_over:
                 continue
-            last = call.iteration
-        if call.waits_for:
-            for waited in run.wait(call.waits_for):
+            last = head.iteration
+        if head.waits_for:
+            for waited in run.wait(head.waits_for):
                 on_report(calls[waited], run.reports[waited])
-        issued_s = time.monotonic()
-        with labelled(call.iteration, call.phase, call.micro_batch), taken_by(takers[place]):
-            future = dispatch(call, run.inputs(call))
-        run.add(IssuedCall(place, call, issued_s), future)
-        if place == ends[call.iteration]:
-            yield run.close(call.iteration)
+        process = teams[head.role].process(head.role, head.rank) if teams else None
+        with made_together(process if len(chain) > 1 else None):
+            for place in chain:
+                call, issued_s = calls[place], time.monotonic()
+                with (
+                    labelled(call.iteration, call.phase, call.micro_batch),
+                    taken_by(takers[place]),
+                ):
+                    future = dispatch(call, run.inputs(call))
+                run.add(IssuedCall(place, call, issued_s), future)
+        if number == ends[head.iteration]:
+            yield run.close(head.iteration)
 
 
 def takers_of(calls: Sequence[Call], teams: Mapping[str, Team]) -> list[set[Process]]:
@@ -125,13 +135,17 @@ class _Run:
     """Futures that are still needed, and reports that have arrived."""
 
     def __init__(
-        self, calls: Sequence[Call], groups: Mapping[str, WorkerGroup[Any]], timeout_s: float
+        self,
+        calls: Sequence[Call],
+        order: Sequence[int],
+        groups: Mapping[str, WorkerGroup[Any]],
+        timeout_s: float,
     ) -> None:
         self._calls = calls
         self._groups = groups
         self._timeout_s = timeout_s
-        # In ascending order, so that the last use is the one that stays.
-        self._last_use = {taken: place for place, call in enumerate(calls) for taken in call.inputs}
+        # In the order in which they are made, so that the last use is the one that stays.
+        self._last_use = {taken: place for place in order for taken in calls[place].inputs}
         # A stage's results go to others or are reports, also where a rank stands in or assists.
         taken = {(calls[place].phase, calls[place].stage) for place in self._last_use}
         self._unread = {
@@ -176,9 +190,11 @@ class _Run:
 
     def close(self, iteration: int) -> IterationResult:
         """Fetches the remaining reports of an iteration, and forgets the iteration."""
-        own = [one for one in self._issued if one.call.iteration == iteration]
+        # Calls of a chain were made with its first one.
+        issued = sorted(self._issued, key=lambda one: one.place)
+        own = [one for one in issued if one.call.iteration == iteration]
         self._fetch(one.place for one in own if one.place in self._futures)
-        self._issued = [one for one in self._issued if one.call.iteration != iteration]
+        self._issued = [one for one in issued if one.call.iteration != iteration]
         reporting = [one for one in own if one.place not in self._kept_back]
         for one in reporting:
             self._futures.pop(one.place)

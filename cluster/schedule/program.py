@@ -28,6 +28,8 @@ class Stage:
         keeps_until: Later stage of the same role that uses up what this one keeps in memory.
         gathers: Whether it adds to what an update of the role uses. Such stages of one role are
             interleaved in one way, whatever the depth.
+        fed: Whether it also takes something from outside of the program, such as captions, which
+            may arrive later than the results of other stages.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Stage:
     takes: tuple[str, ...] = ()
     keeps_until: str | None = None
     gathers: bool = False
+    fed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

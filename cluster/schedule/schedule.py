@@ -69,6 +69,7 @@ class Call:
         waits_for: Places of calls that must have succeeded, to the controller's knowledge, before
             it makes this call, and with it all that follow.
         assists: Its rank works on the samples of a rank before it; the result is not fetched.
+        fed: Whether it takes something from outside of the schedule: see `Stage`.
     """
 
     iteration: int
@@ -82,6 +83,7 @@ class Call:
     waits_for: tuple[int, ...] = ()
     stands_in: bool = False
     assists: bool = False
+    fed: bool = False
 
     @property
     def counts(self) -> bool:
@@ -298,6 +300,7 @@ class _Builder:
                 inputs,
                 stands_in=share.stands_in,
                 assists=share.assists,
+                fed=stage.fed,
             )
             if call.counts:
                 places.append(len(self.calls))

@@ -6,17 +6,19 @@
 
 A schedule lists every call after all that it waits for, so one walk along the list meets the events
 in an order in which each is known when it is needed: no queue, and the result is exact. Ranks of
-one replica begin a stage together, because their collectives make them wait for the last one.
+one replica begin a stage together, because their collectives make them wait for the last one. The
+calls of a chain (`cluster.schedule.chains`) are made as one, and their results leave together.
 
 With every cost but the stages' own at zero, the end of the last call is the shortest time in which
 this order can be worked through: the bound that measurements are held against.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from cluster.schedule.chains import gangs_of, join_calls
 from cluster.schedule.program import Process, Team
 from cluster.schedule.schedule import Call
 
@@ -45,8 +47,8 @@ class Costs:
         put_bandwidth: Bytes a second at which a process hands a result over; it does nothing else
             meanwhile.
         take_bandwidth: Bytes a second at which a process takes a result in; likewise.
-        turn_s: Of each call, on its process, beside the work.
-        call_s: Time in which the controller makes one call.
+        turn_s: Of each call, or of a chain of them, on its process, beside the work.
+        call_s: Time in which the controller makes one call, or a chain of them.
         answer_s: From the end of a call until the controller knows of it.
     """
 
@@ -184,13 +186,16 @@ def mean_period(ends_s: Sequence[float]) -> float:
     return (ends_s[-1] - ends_s[0]) / (len(ends_s) - 1)
 
 
-def simulate(calls: Sequence[Call], costs: Costs, teams: Mapping[str, Team]) -> Timeline:
+def simulate(
+    calls: Sequence[Call], costs: Costs, teams: Mapping[str, Team], *, apart: bool = False
+) -> Timeline:
     """Works through a schedule.
 
     Args:
         calls: In the order in which the controller makes them.
         costs: What takes time.
         teams: Processes by role, as the schedule was made for.
+        apart: Whether each call is made by itself; otherwise as `join_calls` joins them.
 
     Returns:
         The same calls with times, the first one asked for at 0.
@@ -204,25 +209,32 @@ def simulate(calls: Sequence[Call], costs: Costs, teams: Mapping[str, Team]) -> 
         for taken in call.inputs
         if processes[taken] != processes[place]
     }
+    first_of, last_of = list(range(len(calls))), list(range(len(calls)))
+    for chain in () if apart else join_calls(calls, teams):
+        for place in chain:
+            first_of[place], last_of[place] = chain[0], chain[-1]
     now_s, waited = 0.0, None
-    for gang in _gangs(calls, teams):
+    for gang in gangs_of(calls, teams):
         begun: list[tuple[Call, float, float, list[tuple[float, Cause, int | None]]]] = []
-        for place, call in enumerate(gang, start=len(spans)):
-            process = processes[place]
-            for other in call.waits_for:
+        for place in gang:
+            call, process = calls[place], processes[place]
+            for other in (last_of[one] for one in call.waits_for):
                 if spans[other].end_s + costs.answer_s > now_s:
                     now_s, waited = spans[other].end_s + costs.answer_s, other
-            now_s += costs.call_s
-            reasons: list[tuple[float, Cause, int | None]] = [(now_s, Cause.CONTROLLER, waited)]
+            is_first = first_of[place] == place
+            now_s += costs.call_s * is_first
+            issued_s = now_s if is_first else spans[first_of[place]].issued_s
+            reasons: list[tuple[float, Cause, int | None]] = [(issued_s, Cause.CONTROLLER, waited)]
             last = free.get(process)
             if last is not None:
                 reasons.append((spans[last].end_s, Cause.PROCESS, last))
             for taken in call.inputs:
                 stays = processes[taken] == process
-                arrival_s = spans[taken].end_s + (0.0 if stays else _hop_s(calls[taken], costs))
+                left_s = spans[taken if stays else last_of[taken]].end_s
+                arrival_s = left_s + (0.0 if stays else _hop_s(calls[taken], costs))
                 reasons.append((arrival_s, Cause.RESULT, taken))
-            ready_s = max((spans[taken].end_s for taken in call.inputs), default=now_s)
-            begun.append((call, now_s, ready_s, reasons))
+            ready_s = max((spans[taken].end_s for taken in call.inputs), default=issued_s)
+            begun.append((call, issued_s, ready_s, reasons))
         start_s, cause, after = max(
             (reason for *_, reasons in begun for reason in reasons), key=lambda reason: reason[0]
         )
@@ -234,7 +246,8 @@ def simulate(calls: Sequence[Call], costs: Costs, teams: Mapping[str, Team]) -> 
                 for place in call.inputs
                 if processes[place] != process
             )
-            end_s = start_s + costs.turn_s + taken / costs.take_bandwidth + costs.seconds(call)
+            turn_s = costs.turn_s * (first_of[len(spans)] == len(spans))
+            end_s = start_s + turn_s + taken / costs.take_bandwidth + costs.seconds(call)
             end_s += costs.result_bytes(call) / costs.put_bandwidth * (len(spans) in handed_on)
             spans.append(Span(call, issued_s, ready_s, start_s, end_s, cause, after))
     return Timeline(tuple(spans), tuple(processes))
@@ -245,23 +258,6 @@ def in_sequence(calls: Sequence[Call]) -> list[Call]:
     return [
         replace(call, waits_for=(place - 1,) if place else ()) for place, call in enumerate(calls)
     ]
-
-
-def _gangs(calls: Sequence[Call], teams: Mapping[str, Team]) -> Iterator[list[Call]]:
-    """Runs of calls that begin together: one stage on the ranks of one replica."""
-    gang: list[Call] = []
-    for call in calls:
-        if gang and _gang_of(gang[0], teams) != _gang_of(call, teams):
-            yield gang
-            gang = []
-        gang.append(call)
-    if gang:
-        yield gang
-
-
-def _gang_of(call: Call, teams: Mapping[str, Team]) -> tuple[object, ...]:
-    replica = teams[call.role].replica_of(call.rank)
-    return call.iteration, call.phase, call.role, replica, call.stage, call.micro_batch
 
 
 def _hop_s(maker: Call, costs: Costs) -> float:

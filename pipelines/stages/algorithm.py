@@ -120,6 +120,7 @@ class StageSpec:
         sends: Tensors of its result that travel to another role.
         gathers: Whether it adds to the gradient that the role's next update uses.
         needs_data: Whether it takes latents of the data, which the feed then reads beside captions.
+        fed: Whether it takes captions or data, which may arrive later than other stages' results.
     """
 
     role: str
@@ -128,6 +129,7 @@ class StageSpec:
     sends: tuple[Sent, ...] = ()
     gathers: bool = False
     needs_data: bool = False
+    fed: bool = False
 
     @property
     def name(self) -> str:
@@ -138,16 +140,16 @@ class StageSpec:
         """The stage in a program, with the stages whose results it takes."""
         names = tuple(stage.name for stage in takes)
         until = None if keeps_until is None else keeps_until.name
-        return Stage(self.name, self.role, names, until, self.gathers)
+        return Stage(self.name, self.role, names, until, self.gathers, self.fed)
 
 
 _X0_AND_NOISE = (Sent.LATENTS, Sent.LATENTS, Sent.TEXT)
 
 ROLLOUT = StageSpec(
-    GENERATOR, GeneratorLearner.rollout, lambda call: call.prompts(), sends=_X0_AND_NOISE
+    GENERATOR, GeneratorLearner.rollout, lambda call: call.prompts(), sends=_X0_AND_NOISE, fed=True
 )
 SAMPLE = StageSpec(
-    GENERATOR, GeneratorLearner.sample, lambda call: call.prompts(), sends=_X0_AND_NOISE
+    GENERATOR, GeneratorLearner.sample, lambda call: call.prompts(), sends=_X0_AND_NOISE, fed=True
 )
 DENOISE = StageSpec(
     TEACHER,
@@ -199,6 +201,7 @@ COMPARE_DATA = StageSpec(
     sends=(Sent.LATENTS,),
     gathers=True,
     needs_data=True,
+    fed=True,
 )
 LEARN = StageSpec(
     GENERATOR,
@@ -212,6 +215,7 @@ NOISE_DATA = StageSpec(
     lambda call: (*call.prompts()[:2], call.data),
     sends=_X0_AND_NOISE,
     needs_data=True,
+    fed=True,
 )
 DENOISE_DATA = StageSpec(
     TEACHER,
@@ -231,12 +235,14 @@ LEARN_FLOW = StageSpec(
     lambda call: (*call.prompts()[:2], call.data, call.negative, call.share),
     gathers=True,
     needs_data=True,
+    fed=True,
 )
 START = StageSpec(
     GENERATOR,
     GeneratorLearner.start,
     lambda call: call.prompts(),
     sends=(Sent.LATENTS, Sent.TEXT),
+    fed=True,
 )
 ANCHOR = StageSpec(
     TEACHER,

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 import ray
@@ -22,6 +22,7 @@ from cluster.ray.pools import Pool
 from cluster.ray.topology import Placement, reserve
 from cluster.schedule.simulate import Costs
 from cluster.spans import labelled
+from cluster.worker_group import made_together, taken_by
 from tests.cluster.schedule.test_dealing import MAPS, calls_of
 from tests.cluster.toys import WAIT_S, Singer, Toy, make_singer, make_sleepy, make_toy
 
@@ -78,6 +79,57 @@ class TestShared:
         copied = [two.call_rank(1, Toy.overwrite, made), beside.call_rank(0, Toy.overwrite, made)]
         assert one.fetch(copied, WAIT_S, "copying") == [15.0, 15.0]
         assert one.fetch([one.call_rank(0, Toy.overwrite, made)], WAIT_S, "adding") == [15.0]
+
+    def test_calls_made_together_are_one_task_and_hand_on_what_calls_by_themselves_do(self, groups):
+        one, two, beside = groups
+        here, there = ("flat", 0), ("beside", 0)
+        with made_together(here):
+            with taken_by({here, there}):
+                made = one.call_rank(0, Toy.tensor, 5)
+            with taken_by({there}):
+                alone = two.call_rank(0, Toy.tensor, 3)
+            with taken_by(set()):
+                added = two.call_rank(0, Toy.overwrite, made)
+                # No part of it: another process, which is asked at once.
+                other = beside.call_rank(0, Toy.tensor, 2)
+        assert made.reference == added.reference != alone.reference
+        assert one.fetch([added], WAIT_S, "adding") == [5.0]
+        # It was sent before its neighbour wrote into it, and stays for later calls here.
+        copied = [beside.call_rank(0, Toy.size_of, value) for value in (made, alone, other)]
+        assert one.fetch(copied, WAIT_S, "counting") == [5, 3, 2]
+        later = [one.call_rank(0, Toy.overwrite, made), two.call_rank(1, Toy.size_of, made)]
+        assert one.fetch(later, WAIT_S, "adding") == [10.0, 5]
+        with pytest.raises(ControllerTensorError, match="tensor"):
+            one.fetch([made], WAIT_S, "looking")
+
+    def test_what_calls_made_together_keep_is_dropped_with_their_futures(self, groups):
+        one, two, _ = groups
+        with made_together(("flat", 0)), taken_by({("flat", 0)}):
+            made = one.call_rank(0, Toy.tensor, 5)
+            assert two.call_rank(0, Toy.size_of, made).owned is not None
+        number, actor = made.owned.number, made.owned.actor
+        assert ray.get(actor.keeps.remote(number))
+        del made
+        one.fetch([one.call_rank(0, Toy.note, 1)], WAIT_S, "noting")
+        assert not ray.get(actor.keeps.remote(number))
+
+    def test_a_failure_among_calls_made_together_names_its_call_and_is_that_of_all(self, groups):
+        one, two, _ = groups
+        with made_together(("flat", 0)), taken_by(set()):
+            told = [
+                one.call_rank(0, Toy.note, 2),
+                two.call_rank(0, Toy.explode),
+                two.call_rank(0, Toy.note, 3),
+            ]
+        for future in told:
+            with pytest.raises(Exception, match=r".") as caught:
+                one.fetch([future], WAIT_S, "noting")
+            assert "explode() of two rank 0" in "".join(caught.value.__notes__)
+        # Calls that are given up before they are made leave nothing behind.
+        with suppress(KeyError), made_together(("flat", 0)):
+            one.call_rank(0, Toy.explode)
+            raise KeyError
+        assert one.fetch([one.call_rank(0, Toy.note, 4)], WAIT_S, "noting")
 
     def test_what_stays_is_not_copied_and_is_no_part_of_a_graph(self, groups):
         one, two, _ = groups

@@ -124,10 +124,15 @@ def test_what_stays_in_its_process_is_not_transferred():
 
 def test_the_controller_makes_one_call_after_another_and_hears_of_results_late():
     program = (Pass((Stage("a", "x"),)), Update(("x",)))
-    timeline = run(program, {("x", "a"): 0.0}, m=3, call_s=1.0, answer_s=7.0)
+    teams = {"x": Team()}
+    calls = order_calls(program, teams, 3, 1)
+    costs = Costs(by_stage({}), call_s=1.0, answer_s=7.0)
+    timeline = simulate(calls, costs, teams, apart=True)
     # Three stages and a report are asked for by 4; the report is known at 11, the step asked at 12.
     assert timeline.duration_s == 12
     assert timeline.spans[-1].cause is Cause.CONTROLLER
+    # All but the step are one call.
+    assert simulate(calls, costs, teams).duration_s == 1 + 7 + 1
 
 
 def test_ranks_of_a_copy_begin_together():
