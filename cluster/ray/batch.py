@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False)
-class Answer:
-    """What a call returns, as Ray names it once the call is made.
+class CallAnswer:
+    """Answer of a call, as Ray names it once the call is made.
 
     Attributes:
         reference: Ray's reference; None while the call is held back.
@@ -49,14 +49,14 @@ class HostBatch:
         self._index = index
         self._specs: list[CallSpec] = []
         self._sent: list[object] = []
-        self._apart: list[Answer] = []
-        self._answer = Answer([])
+        self._apart: list[CallAnswer] = []
+        self._answer = CallAnswer([])
 
-    def owns(self, answer: Answer) -> bool:
+    def owns(self, answer: CallAnswer) -> bool:
         """Returns True for the answer of one of these calls."""
         return answer is self._answer or answer in self._apart
 
-    def add(self, place: tuple[str, int], spec: "CallSpec", sent: Sequence[object]) -> Answer:
+    def add(self, place: tuple[str, int], spec: "CallSpec", sent: Sequence[object]) -> CallAnswer:
         """Holds a call back; returns the answer that will have its small result.
 
         Args:
@@ -69,9 +69,9 @@ class HostBatch:
         self._answer.ranks.append(place)
         return self._answer
 
-    def add_apart(self, place: tuple[str, int]) -> Answer:
+    def add_apart(self, place: tuple[str, int]) -> CallAnswer:
         """Returns the answer that will be what the last call hands to other processes."""
-        self._apart.append(Answer([place]))
+        self._apart.append(CallAnswer([place]))
         return self._apart[-1]
 
     @property

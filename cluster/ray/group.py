@@ -27,7 +27,7 @@ from cluster.errors import (
     StartTimeoutError,
 )
 from cluster.joined import JoinedFuture
-from cluster.ray.batch import Answer, HostBatch
+from cluster.ray.batch import CallAnswer, HostBatch
 from cluster.ray.direct import Direct
 from cluster.ray.failures import OPEN_GROUPS, first_failure, late_call, raise_cause
 from cluster.ray.host import ArgLayout, CallSpec, Hosts, LocalRef, OwnedResult, SplitArgument
@@ -64,10 +64,10 @@ class RayFuture(Future[R_co]):
         entry: Which of the small results of a batch it is; None: the value itself.
     """
 
-    answer: Answer
+    answer: CallAnswer
     ranks: Mapping[str, tuple[str, int]]
     owned: OwnedResult | None = None
-    sent: Answer | None = None
+    sent: CallAnswer | None = None
     entry: int | None = None
 
     @property
@@ -301,7 +301,9 @@ class RayWorkerGroup(WorkerGroup[W]):
         if not send:
             return self._pending(rank, method, run.remote(spec, *sent, **named), inputs, owned)
         kept, wire = run.options(num_returns=2).remote(spec, *sent, **named)
-        return self._pending(rank, method, kept, inputs, owned, Answer([(self.name, rank)], wire))
+        return self._pending(
+            rank, method, kept, inputs, owned, CallAnswer([(self.name, rank)], wire)
+        )
 
     def _batch(self, seat: _Seat) -> HostBatch | None:
         """The calls of a process that are held back now; None if they are made at once."""
@@ -318,14 +320,14 @@ class RayWorkerGroup(WorkerGroup[W]):
         self,
         rank: int,
         method: str,
-        answer: Answer | ray.ObjectRef,
+        answer: CallAnswer | ray.ObjectRef,
         inputs: Sequence[object],
         owned: OwnedResult | None = None,
-        sent: Answer | None = None,
+        sent: CallAnswer | None = None,
         entry: int | None = None,
     ) -> RayFuture[Any]:
-        if not isinstance(answer, Answer):
-            answer = Answer([(self.name, rank)], answer)
+        if not isinstance(answer, CallAnswer):
+            answer = CallAnswer([(self.name, rank)], answer)
         ranks = {self._seats[rank].actor._actor_id.hex(): (self.name, rank)}
         for value in inputs:
             for piece in value.pieces if isinstance(value, JoinedFuture) else (value,):
@@ -407,7 +409,7 @@ def _own_part(future: RayFuture[Any], value: Any) -> Any:  # noqa: ANN401 - what
 
 
 def _entry_of(value: object, sent: object) -> int | None:
-    """Which of a batch's small results is meant by a reference to all of them."""
+    """Number of a result among a batch's small ones, where the reference to all of them is sent."""
     if isinstance(value, RayFuture) and isinstance(sent, ray.ObjectRef):
         return value.entry if sent == value.answer.reference else None
     return None
