@@ -331,8 +331,8 @@ class Host:
             sent: Values from the wire for the arguments of all.
 
         Returns:
-            The small results, one a call, None for a result that holds arrays; and one more value
-            for each result that goes to other processes.
+            The small results, one a call, where one that stays here has its number and one that
+            goes to other processes has None; and one more value for each of the latter.
         """
         values = iter(sent)
         small: list[object] = []
