@@ -28,7 +28,7 @@ from sgmd_core.seeds import draw
 from sgmd_core.types import Draws, MicroBatchKey, Purpose, TextBatch
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
-from workers.models.wan import WanVelocity, load_transformer
+from workers.models.wan import WanVelocity
 from workers.models.wan_arithmetic import WanShape
 from workers.score_teacher import ScoreTeacher
 from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
@@ -82,7 +82,8 @@ def _small_network() -> WanTransformer3DModel:
 
 
 def _tiny_network() -> WanTransformer3DModel:
-    return load_transformer(Path(__file__).parents[1] / "assets" / "tiny-wan").transformer
+    folder = Path(__file__).parents[1] / "assets" / "tiny-wan"
+    return WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
 
 
 SIZES = {

@@ -49,6 +49,7 @@ from workers.models.wan_family import (
     require_wan_index,
 )
 from workers.models.wan_folder import build_component, check_component
+from workers.models.wan_positions import turn_by_products
 
 _TIME_SCALE = 1000.0
 
@@ -78,6 +79,7 @@ class WanVelocity(Denoiser):
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         super().__init__()
         self.transformer = transformer
+        turn_by_products(transformer)
         self._company: dist.ProcessGroup | None = None
 
     def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
