@@ -188,7 +188,8 @@ class TestSettings:
         [
             ({"r": 4, "lora_alpha": 4}, "has rank 2, and the LoRA's settings say 4"),
             ({"lora_alpha": 0}, "has an alpha of 0"),
-            ({"lora_alpha": "8"}, "lora_alpha '8'"),
+            ({"lora_alpha": 10**400}, "lora_alpha 1000"),
+            ({"lora_alpha": "8"}, "lora_alpha 8"),
             ({"alpha_pattern": [1]}, "alpha_pattern"),
             ({"use_dora": True}, "use_dora"),
             ({"peft_type": "LOHA"}, "peft_type LOHA"),

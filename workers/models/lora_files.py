@@ -108,7 +108,7 @@ def read_lora(path: Path) -> LoraFile:
             raise _refusal(path, found, "finite numbers that are not quantized", "Copy it again")
     try:
         return LoraFile(path, tensors, read_lora_scales(path, header))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(path, str(error), "settings of a LoRA", _MERGE_IT) from error
 
 

@@ -24,6 +24,7 @@ ADAPTER_CONFIG, _ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensor
 _HEADER_KEY = "lora_adapter_metadata"
 _COMPONENT = re.compile(r"^transformer(_2)?\.")
 _log = logging.getLogger(__name__)
+_LARGEST = 2**31
 # Adapters whose training starts from a base that it has changed: nothing to add to the base itself.
 _CHANGED_BASE = re.compile(r"^(pissa|olora|corda|loftq)")
 
@@ -120,8 +121,11 @@ def _require_plain(settings: Mapping[str, Any]) -> None:
 
 def _number(settings: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401  (whole or not)
     value = settings.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise ValueError(f"its settings say {name} {value!r}")
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) < _LARGEST:
+        raise ValueError(f"its settings say {name} {str(value)[:80]}")
     return value
 
 
