@@ -1,10 +1,14 @@
 """Files of a job's package: what of the working directory travels, and what stays at home."""
 
+import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+from ray._private.runtime_env import packaging
+
+# It reports every ignore file of a package.
+logging.getLogger(packaging.__name__).setLevel(logging.WARNING)
 
 SECRET_FILES = (
     ".env",
@@ -86,6 +90,6 @@ def is_ignored(working_dir: Path, path: PurePosixPath) -> bool:
     return any(
         excludes(below)
         for number, folder in enumerate(folders[:-1])
-        for excludes in get_excludes_from_ignore_files(folder, include_gitignore=True)
+        for excludes in packaging.get_excludes_from_ignore_files(folder, include_gitignore=True)
         for below in folders[number + 1 :]
     )

@@ -28,6 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.errors import JobError
 from cluster.job_files import EXCLUDED
+from cluster.runtime import offer_token
 from sgmd_core.errors import ConfigError
 
 FORWARDED = (
@@ -47,7 +48,6 @@ _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _TALKATIVE = (
     JobSubmissionClient.__module__,
     "ray.dashboard.modules.dashboard_sdk",
-    "ray._private.runtime_env.packaging",
 )
 _POLL_S = 0.5
 _WAIT_POLL_S = 2.0
@@ -303,11 +303,16 @@ def _connect(address: str) -> JobSubmissionClient:
                 "one address",
                 f"Unset {name}, or give the same address",
             )
-    # They report every ignore file of a package, and how the connection of a log was closed.
+    # They report how the connection of a log was closed.
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        return JobSubmissionClient(address)
+        try:
+            return JobSubmissionClient(address)
+        except AuthenticationError:
+            if not offer_token():
+                raise
+            return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise JobError(
             attempted,

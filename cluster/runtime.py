@@ -377,6 +377,18 @@ def _connect(address: str, log_to_driver: bool) -> None:
     _warn_without_token(ray.get_runtime_context().gcs_address)
 
 
+def offer_token() -> bool:
+    """Sends the token of this process from here on, to a server that has asked for one.
+
+    Returns:
+        False if nothing is changed: there is no token, or a mode is chosen, RAY_AUTH_MODE.
+    """
+    if "RAY_AUTH_MODE" in os.environ or not _token():
+        return False
+    _send_token()
+    return True
+
+
 def _send_token() -> None:
     """Makes Ray send the token of this process, which it does in its mode `token` alone.
 

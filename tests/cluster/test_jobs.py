@@ -1,6 +1,8 @@
 """A command runs on a cluster that somebody else started, and its fate is told."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -208,3 +210,54 @@ def test_a_job_runs_in_the_uploaded_folder_and_its_output_and_fate_come_back(
     JobSubmissionClient(ray_head).stop_job(job)
     # Ray itself leaves a job three seconds.
     wait_for(tmp_path / "saved")
+
+
+ASKING = """
+import json, os, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import ray
+from cluster.errors import JobError
+from cluster.jobs import _connect
+
+class Asking(BaseHTTPRequestHandler):
+    def do_GET(self):
+        knows = self.headers.get("Authorization") == "Bearer " + "a" * 64
+        body = {"ray_version": ray.__version__} if knows else {}
+        self.send_response(200 if knows else 401)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *args):
+        pass
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Asking)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+try:
+    _connect(f"http://127.0.0.1:{server.server_port}")
+    print("taken", os.environ["RAY_AUTH_MODE"])
+except JobError as error:
+    print("refused", "RAY_AUTH_TOKEN or ~/.ray/auth_token" in error.expected)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({}, "refused True"),
+        ({"RAY_AUTH_TOKEN": "a" * 64}, "taken token"),
+        ({"RAY_AUTH_TOKEN": "a" * 64, "RAY_AUTH_MODE": "disabled"}, "refused True"),
+    ],
+)
+def test_a_job_server_that_asks_for_a_token_gets_the_one_that_is_there(tmp_path, own, told):
+    """As of a cluster that `ray start` makes where a token lies in the home folder."""
+    left_out = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    done = subprocess.run(
+        [sys.executable, "-c", ASKING],
+        env=environment | {"HOME": str(tmp_path)} | own,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == told, done.stderr
