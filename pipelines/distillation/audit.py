@@ -169,5 +169,6 @@ def _iterations_made(folder: RunFolder) -> int:
     """Iterations that surely ended, whatever the ledger says."""
     recorded = max((line["iteration"] for line in read_jsonl(folder.metrics)), default=0)
     # A kill may come after an iteration's metrics and before its line of the ledger.
-    steps = Checkpoints(shared_place(folder.checkpoints)).all_steps()
-    return max([recorded, *steps])
+    # One that a kill cut short proves nothing: a resume goes back before it.
+    step = Checkpoints(shared_place(folder.checkpoints)).latest()
+    return max(recorded, step or 0)

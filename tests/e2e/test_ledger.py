@@ -107,6 +107,11 @@ def test_a_ledger_whose_end_is_lost_is_told_with_exit_code_1(make_recipe: MakeRe
     shutil.copy(folder.config, begun)
     told = CliRunner().invoke(app, ["ledger", str(begun)])
     assert (told.exit_code, "nothing yet" in told.output) == (0, True)
+    # A checkpoint that a kill cut short: a resume goes back before it, as the ledger did.
+    cut_short = config.run_folder / "checkpoints" / "step-000006"
+    shutil.copytree(cut_short.with_name("step-000004"), cut_short)
+    (cut_short / "manifest.json").unlink()
+    assert audit(config.run_folder).is_clean
     folder.metrics.unlink()
     told = CliRunner().invoke(app, ["ledger", str(config.run_folder)])
     assert "metrics.jsonl is not there" in told.output
