@@ -53,10 +53,10 @@ def with_memory_beside(
         model: Name of a released model; None reads the recipe's model folder.
         at_addresses: Take it that sets at addresses bring their embeddings.
     """
-    sizes = _encoder_sizes(config, model)
+    encoding = encoding_sections(config, at_addresses=at_addresses)
+    sizes = _encoder_sizes(config, model, encoding)
     if sizes is None:
         return plan
-    encoding = encoding_sections(config, at_addresses=at_addresses)
     denoiser = plan.work.shape.num_parameters + plan.work.idle_expert
     needed = bytes_beside(config, plan.work, sizes, denoiser, encoding)
     return replace(
@@ -248,7 +248,10 @@ def _joined(group: Sequence[str]) -> str:
     return " and ".join(group)
 
 
-def _encoder_sizes(config: DistillConfig, model: str | None) -> EncoderSizes | None:
+def _encoder_sizes(
+    config: DistillConfig, model: str | None, encoding: Collection[str]
+) -> EncoderSizes | None:
+    """Parameters of the encoders; None where one that is loaded has no size here."""
     if model is not None:
         return released_models()[model.lower()].encoders
     folder = config.model_folder
@@ -256,5 +259,8 @@ def _encoder_sizes(config: DistillConfig, model: str | None) -> EncoderSizes | N
         found = family_of(folder).inspect(folder)
     except ModelFolderError:
         # A plan takes the shapes from configurations; the weights may be elsewhere.
+        return None
+    if encoding and not found.has_text_encoder:
+        # Of another machine, where the run may have one.
         return None
     return found.encoder_sizes

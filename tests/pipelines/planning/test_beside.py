@@ -91,11 +91,15 @@ def test_a_folder_is_counted_by_its_weights_and_without_them_not_at_all(tmp_path
     whole = Path(load_recipe("tiny").model.folder)
     bare = tmp_path / "bare"
     shutil.copytree(whole, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    mute = tmp_path / "mute"
+    shutil.copytree(whole, mute, ignore=shutil.ignore_patterns("text_encoder"))
     options = ("--gpus", 2, "--json", "topology.validator.gpus=1")
-    counted, not_counted = (
+    counted, not_counted, without_text = (
         json.loads(sgmd("plan", "tiny", *options, f"model.folder={folder}").stdout)
-        for folder in (whole, bare)
+        for folder in (whole, bare, mute)
     )
+    # Where the run is, the folder may have the text encoder that its texts need.
+    assert without_text["memory_beside_gb"] == {}
     assert counted["memory_beside_gb"].keys() == {"validator"}
     assert not_counted["memory_beside_gb"] == {}
     assert counted["gpus_beside"] == not_counted["gpus_beside"]
