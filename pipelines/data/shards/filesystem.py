@@ -148,6 +148,8 @@ def data_error(attempted: str, error: BaseException) -> DataError:
     """
     text = str(error).strip()
     found = without_secrets(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}")
+    if isinstance(error, FileNotFoundError) and error.filename:
+        found = without_secrets(f"no such file or folder: {error.filename}")
     for is_it, expected, remedy in _DIAGNOSES:
         if is_it(error, text):
             return DataError(attempted, found, expected, remedy)

@@ -32,6 +32,12 @@ def keys(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return server.environment
 
 
+def test_a_path_that_leads_nowhere_is_told_without_a_number_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught, data_errors("reading captions"):
+        (tmp_path / "gone.txt").read_bytes()
+    assert caught.value.found == f"no such file or folder: {tmp_path}/gone.txt"
+
+
 def test_a_local_folder_needs_no_server(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("one")
     filesystem, root = open_folder(f"{tmp_path}/")
