@@ -32,12 +32,14 @@ def main() -> None:
     address = str(Path(own).with_name("socket"))
     start = _without_setup(_start(arguments))
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    if start is None or os.isatty(0) or not _asked(server, address, start):
+    passed = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+    # From before there is a process: what comes meanwhile is for it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed)
+    if start is None or os.isatty(0) or not _asked(server, address, start, mask):
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.execv(sys.executable, [sys.executable, *arguments])
     pid = 0
     ended = b""
-    passed = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed)
     with server.makefile("rb") as answers:
         pid = int(answers.readline() or 0)
         # Tells the tests which process it is.
@@ -108,7 +110,9 @@ def _without_setup(start: list[str] | None) -> list[str] | None:
     return [word for word in start[1:] if not word.startswith((_CONTEXT, "--language="))]
 
 
-def _asked(server: socket.socket, address: str, start: list[str]) -> bool:
+def _asked(
+    server: socket.socket, address: str, start: list[str], mask: set[signal.Signals | int]
+) -> bool:
     """Sends the request with all open files; False if nobody takes it."""
     try:
         files = sorted(
@@ -129,7 +133,7 @@ def _asked(server: socket.socket, address: str, start: list[str]) -> bool:
                 for number in signal.valid_signals()
                 if signal.getsignal(number) is signal.SIG_IGN
             ],
-            "blocked": [int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
+            "blocked": [int(number) for number in mask],
             "limits": {name: resource.getrlimit(number) for name, number in _LIMITS.items()},
         }
         body = json.dumps(request).encode()

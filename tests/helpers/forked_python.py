@@ -155,8 +155,14 @@ def starting_forks() -> Iterator[None]:
 
 def forked_process(pid: int) -> int:
     """The process that was forked for a client; any other process is its own."""
-    name = Path(f"/proc/{pid}/comm").read_text().strip()
-    return int(name.removeprefix("for-")) or pid if name.startswith("for-") else pid
+    process = Path(f"/proc/{pid}")
+    # What was forked may be heard of before its client knows of it.
+    while forked_python() in (process / "cmdline").read_text().split("\0")[:3]:
+        name = (process / "comm").read_text().strip()
+        if name.startswith("for-") and name != "for-0":
+            return int(name.removeprefix("for-"))
+        time.sleep(0.001)
+    return pid
 
 
 def processes_below(pid: int) -> list[psutil.Process]:
