@@ -33,13 +33,19 @@ from pipelines.data.making.prepare_clip import (
     prepare_clip,
 )
 from pipelines.data.making.set_report import SetReport, set_facts
-from pipelines.data.making.skipped import SkippedFiles, SkippedKind
+from pipelines.data.making.skipped import (
+    LONELY_CAPTIONS,
+    MANIFESTS,
+    SkippedFiles,
+    SkippedKind,
+)
 from pipelines.data.making.source_clip import Columns, SourceClip
 from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
 from pipelines.data.making.witnesses import Listing, Witnesses
 from pipelines.data.shards.filesystem import canonical_address
 from pipelines.data.shards.listing import QUARANTINE_NAME
 from pipelines.data.shards.rejection import (
+    Reason,
     Rejection,
     require_few,
 )
@@ -188,7 +194,13 @@ def prepare(
         raise _no_clip(src, captions_only, skipped)
     schema = caption_schema() if captions_only else video_schema()
     with filling(dst, "prepare", settings) as journal:
-        filler, num_before = _fill(journal, src, listed, schema, options, on_progress)
+        try:
+            filler, num_before = _fill(journal, src, listed, schema, options, on_progress)
+        except DataError as error:
+            if aside := _captions_aside(journal.rejections, skipped):
+                remedy = f"{error.remedy}. {aside}"
+                raise DataError(error.attempted, error.found, error.expected, remedy) from error
+            raise
         if not journal.shards:
             raise _no_clip(src, captions_only, skipped, journal.rejections)
         journal.finish()
@@ -241,11 +253,12 @@ def _no_clip(
 ) -> DataError:
     """The error for a source of which nothing is taken; says what lies there instead."""
     if rejected:
+        aside = _captions_aside(rejected, skipped)
         return DataError(
             f"preparing {src}",
             f"{len(rejected)} clips, none of which is good; the first: {rejected[0].in_words()}",
             "a good clip",
-            "Repair them, and run again with --retry-bad",
+            "Repair them, and run again with --retry-bad" + (f". {aside}" if aside else ""),
         )
     found = "not a single caption" if captions_only else "not a single video"
     is_file = PurePosixPath(src).suffix.lower() in (PROMPTS_SUFFIX, *MANIFEST_SUFFIXES, ".tar")
@@ -261,6 +274,14 @@ def _no_clip(
         expected,
         remedy,
     )
+
+
+def _captions_aside(rejected: Sequence[Rejection], skipped: SkippedFiles) -> str:
+    """Files that were skipped and may have the captions that are missing; empty without any."""
+    kinds = [kind for kind in skipped.kinds if kind.what in (MANIFESTS, LONELY_CAPTIONS)]
+    if not kinds or all(each.reason != Reason.MISSING_CAPTION for each in rejected):
+        return ""
+    return f"Captions may be in what was skipped: {'; '.join(kind.in_words() for kind in kinds)}"
 
 
 class _Filler:

@@ -360,6 +360,21 @@ def test_files_of_every_usual_kind_are_clips(tmp_path, suffix):
     assert prepare(str(tmp_path / "src"), str(tmp_path / "set"), HERE).num_clips == 1
 
 
+@pytest.mark.parametrize("max_bad_fraction", [0.01, 1.0])
+def test_where_captions_are_missing_the_table_beside_the_videos_is_named(
+    tmp_path, max_bad_fraction
+):
+    """As sets of other tools have it: videos, and a metadata.csv that says what they show."""
+    write_clip(tmp_path / "set", "a.mp4", video_file(grey_frames([10, 20])), None)
+    (tmp_path / "set" / "metadata.csv").write_text("file_name,text\na.mp4,a red circle\n")
+    with pytest.raises(DataError, match=r"name the manifest itself as SRC.*metadata\.csv"):
+        prepare(
+            str(tmp_path / "set"),
+            str(tmp_path / "shards"),
+            replace(HERE, max_bad_fraction=max_bad_fraction),
+        )
+
+
 def test_a_pipe_or_a_dead_link_in_place_of_a_file_is_one_missing_video(tmp_path):
     write_clip(tmp_path / "src", "a.mp4", video_file(grey_frames([50, 100])), "a")
     os.mkfifo(tmp_path / "src" / "b.mp4")
