@@ -151,6 +151,7 @@ def _export(
     _require_base(source, options, run_or_model)
     _require_rank(source, options)
     before = _base_weights(source)
+    _require_same_shape(source, before)
     change = _difference(source.weights.items(), before)
     factors = _factors(source, options, before) if options.form in LORA_FORMATS else None
     kept = None if factors is None else _kept(source, factors, change)
@@ -370,6 +371,24 @@ def _require_base(source: TrainedGenerator, options: ExportOptions, given: str |
             "the model folder that its weights were trained from",
             "Give it with --base FOLDER",
         )
+
+
+def _require_same_shape(source: TrainedGenerator, before: Mapping[str, Tensor]) -> None:
+    """Refuses a base of another size, whose weights cannot be compared with the trained ones."""
+    if source.adapters:
+        return  # They were merged into the base, which has checked them.
+    for name in sorted({*source.weights, *before}):
+        own, theirs = (
+            tuple(weights[name].shape) if name in weights else "not there"
+            for weights in (source.weights, before)
+        )
+        if own != theirs:
+            raise ModelFolderError(
+                f"exporting {source.name}",
+                f"{name} is {own} in what was trained, and {theirs} in the base {source.base}",
+                "the model that it was trained from",
+                "Give that with --base FOLDER, or leave --base out",
+            )
 
 
 def _target(run_or_model: str | Path, output: str | Path | None, options: ExportOptions) -> Path:

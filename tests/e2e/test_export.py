@@ -33,6 +33,7 @@ from tests.helpers.tiny_wan import (
     WIDTH,
     tiny_velocity,
     write_tiny_experts,
+    write_tiny_wan22_5b,
 )
 from tests.helpers.toy_family import write_toy
 from workers.models.low_rank import approximate_all
@@ -181,6 +182,16 @@ def test_two_experts_get_a_file_each_and_are_sampled_across_their_boundary(exper
         assert np.abs(frames.astype(float) - clip.frames).max() <= 1
     (teacher,) = generate(base, [PROMPT], output=tmp_path / "clips", options=_options(tuned))
     assert np.abs(teacher.frames.astype(float) - clip.frames).max() > 10
+
+
+def test_two_experts_are_exported_without_their_other_components(experts, tmp_path):
+    base, tuned = experts
+    options = ExportOptions(dtype="fp32", components="none")
+    found = export(tuned, base=base, output=tmp_path / "out", options=options)
+    assert found.figures.largest_difference == 0
+    assert found.figures.largest_change > 0.1
+    assert not (tmp_path / "out" / "text_encoder").exists()
+    assert not (tmp_path / "out" / "vae").exists()
 
 
 @pytest.mark.slow
@@ -346,6 +357,13 @@ class TestRefusals:
         weights.write_bytes(content)
         with pytest.raises(CheckpointError, match="sha256"):
             export(copy, output=tmp_path / "x")
+
+    def test_a_base_of_another_size_or_family_is_named(self, run, experts, tmp_path):
+        wide = write_tiny_wan22_5b(tmp_path / "wide", PROMPT.split())
+        for base, words in ((wide, r"32, 4, .*32, 48, "), (experts[0], "not there in what")):
+            with pytest.raises(ModelFolderError, match=words):
+                export(run.root, base=base, output=tmp_path / "x")
+        assert not (tmp_path / "x").exists()
 
     @pytest.mark.slow
     def test_neither_source_nor_base_nor_other_folders_are_replaced(

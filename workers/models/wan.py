@@ -44,7 +44,8 @@ from workers.models.wan_family import (
     TRANSFORMER,
     VAE,
     read_boundary,
-    read_configs,
+    read_component,
+    require_alike,
     require_supported_index,
     require_wan_index,
 )
@@ -284,7 +285,9 @@ def load_experts(
         ModelFolderError: As `load_transformer`; or the folder does not have two experts.
     """
     path = Path(folder)
-    read_configs(path, EXPERTS_LAYOUT)
+    # Text encoder and autoencoder may be left out of a folder: they are not asked for.
+    require_supported_index(path, EXPERTS_LAYOUT)
+    require_alike(path, [read_component(path, name) for name in EXPERTS_LAYOUT.denoisers])
     boundary = read_boundary(path)
     names = dict(zip(("high", "low"), EXPERTS_LAYOUT.denoisers, strict=True))
     if expert is not None and companion is None:
