@@ -70,6 +70,7 @@ class ClipGeometry:
     spatial_factor: int
     patch_size: tuple[int, int, int] = (1, 1, 1)
     sampled_px: int = field(default=1, compare=False)
+    most_patches: int | None = field(default=None, compare=False)
 
     def latent_shape(
         self, num_frames: int, height: int, width: int, attempted: str = "sizing latents"
@@ -83,36 +84,45 @@ class ClipGeometry:
             attempted: Purpose, for the error.
 
         Raises:
-            ShapeError: The clip does not divide into latent cells and patches.
+            ShapeError: The clip does not divide into latent cells and patches, or has more of them
+                along an axis than the denoiser has positions for.
         """
+        # The first latent frame holds one video frame, and each after it `temporal_factor`.
         per_frame = self.temporal_factor * self.patch_size[0]
+        first = 1 + per_frame - self.temporal_factor
         row, column = (self.spatial_factor * size for size in self.patch_size[1:])
-        if num_frames < 1 or (num_frames - 1) % per_frame or height % row or width % column:
+        if num_frames < first or (num_frames - first) % per_frame or height % row or width % column:
             sides = f"height a multiple of {row} and width a multiple of {column}"
             if row == column:
                 sides = f"height and width multiples of {row}"
             raise ShapeError(
                 attempted,
                 f"{num_frames} frames of {height}x{width}",
-                f"frames = 1 + a multiple of {per_frame}, {sides}; the nearest are "
-                f"{_nearest(num_frames - 1, per_frame, first=1)} frames, height "
+                f"frames = {first} + a multiple of {per_frame}, {sides}; the nearest are "
+                f"{_nearest(num_frames - first, per_frame, first=first)} frames, height "
                 f"{_nearest(height, lcm(row, self.sampled_px))}, width "
                 f"{_nearest(width, lcm(column, self.sampled_px))}",
                 "Correct video.num_frames, video.height or video.width",
             )
-        return (
-            self.latent_channels,
-            (num_frames - 1) // self.temporal_factor + 1,
-            height // self.spatial_factor,
-            width // self.spatial_factor,
-        )
+        frames = (num_frames - 1) // self.temporal_factor + 1
+        cells = frames, height // self.spatial_factor, width // self.spatial_factor
+        patches = [size // patch for size, patch in zip(cells, self.patch_size, strict=True)]
+        if self.most_patches is not None and max(patches) > self.most_patches:
+            raise ShapeError(
+                attempted,
+                f"{num_frames} frames of {height}x{width}: {'x'.join(map(str, patches))} patches",
+                f"at most {self.most_patches} along each axis, for which the denoiser has positions"
+                " (rope_max_seq_len)",
+                "Take shorter or smaller clips",
+            )
+        return (self.latent_channels, *cells)
 
 
 def _nearest(size: int, step: int, *, first: int = 0) -> str:
     """The sizes `first` + a multiple of a step on both sides, or the size itself, in words."""
     below = max(size, 0) // step * step
     around = {below, below if size == below else below + step}
-    # Frames begin at 1, which `first` is; sides at one step.
+    # Frames begin at `first`; sides at one step.
     return " or ".join(str(first + each) for each in sorted(around) if first + each > 0)
 
 
