@@ -57,7 +57,8 @@ def check_teacher(
             f"pairing the generator of {model.path} with the teacher of {folder}",
             "; ".join(found),
             "models that differ in their denoisers alone",
-            "Set teacher.model to a model of the same family and version, or to null",
+            "Set teacher.model to a model of the same family and version, or to null. A component "
+            "that is the same but stored in another type can be a link to the generator's",
         )
     trained_shapes(config.video, teacher.latent_shape)
     shared = {teacher.layout.autoencoder, *teacher.layout.text}

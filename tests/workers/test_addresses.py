@@ -93,6 +93,47 @@ def test_a_folder_of_a_recipe_is_answered_with_the_id_of_its_model(tmp_path, mon
     assert "hf download" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "page",
+    [
+        f"https://huggingface.co/{HUB_ID}",
+        f"http://hf.co/{HUB_ID}/",
+        f"https://huggingface.co/{HUB_ID}/tree/main/transformer",
+    ],
+)
+def test_a_page_of_the_hub_is_answered_with_the_line_that_downloads_it(page):
+    with pytest.raises(ModelFolderError) as refused:
+        local_model(page)
+    assert DOWNLOAD in str(refused.value)
+
+
+def test_a_link_into_a_cache_that_was_cleared_is_no_torn_file(model, tmp_path):
+    snapshot = cached(model, tmp_path / "models--Wan-AI--X", "main")
+    link = snapshot / "transformer" / "diffusion_pytorch_model.safetensors"
+    link.resolve().unlink()
+    with pytest.raises(ModelFolderError, match=r"a link to .*blobs.* Download the model again"):
+        family_of(snapshot).inspect(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("checkpoints/step-000002/manifest.json", "a run, and no model.*sgmd export RUN"),
+        ("ema/weights.safetensors", "a checkpoint of a run.*sgmd export RUN"),
+        ("weights.safetensors", "one role of a checkpoint.*sgmd export RUN"),
+        ("pytorch_lora_weights.safetensors", "a LoRA.*sgmd generate BASE --lora"),
+        ("mine-bf16.safetensors", "weights in single files.*sgmd import FILE"),
+    ],
+)
+def test_a_folder_of_something_else_is_answered_with_what_makes_a_model_of_it(
+    tmp_path, file, words
+):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(ModelFolderError, match=words):
+        family_of(tmp_path)
+
+
 def test_a_path_that_is_no_hub_id_is_not_offered_for_download(tmp_path):
     for path in (tmp_path / "nowhere", Path("models/a/b"), Path("nowhere")):
         with pytest.raises(ModelFolderError, match="no such folder") as refused:

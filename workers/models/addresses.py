@@ -24,6 +24,9 @@ from sgmd_core.errors import ModelFolderError
 from workers.models.configs import INDEX_FILE, REMEDY
 
 _ON_DISK = re.compile(r"file:/+(.+)")
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:/.*)?/?"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _RELEASED = (
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
@@ -32,6 +35,7 @@ _RELEASED = (
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
     "Lightricks/LTX-Video",
 )
+_EXPECTED = "a model folder on a disk, or an address such as s3://bucket/folder"
 _MAIN = Path("refs") / "main"
 # What tells one content of an object from the next, by the names that stores give it.
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime")
@@ -47,9 +51,11 @@ def local_model(model: str | Path) -> Path:
 
     Raises:
         ModelFolderError: The hub's cache has no snapshot that is meant, or nothing lies at the
-            address.
+            address, or it is a page of the hub.
         StorageError: The object store cannot be read.
     """
+    if page := _HUB_PAGE.fullmatch(str(model)):
+        raise _not_downloaded(page[1], f"loading the model {model}", "a page of the hub, which")
     if address := store_address(model):
         return _copy(address)
     on_disk = _ON_DISK.fullmatch(str(model))
@@ -67,7 +73,6 @@ def is_hub_id(name: str) -> bool:
 def missing_folder(path: Path, attempted: str, remedy: str = REMEDY) -> ModelFolderError:
     """Refusal of a path that is no folder; of a hub id, with the line that downloads it."""
     found = kind_of_path(path) or "no such folder"
-    expected = "a model folder on a disk, or an address such as s3://bucket/folder"
     released = next((name for name in _RELEASED if name.endswith(f"/{path.name}")), None)
     if found == "no such folder" and released is not None:
         # The recipes name their folders after the models.
@@ -76,10 +81,19 @@ def missing_folder(path: Path, attempted: str, remedy: str = REMEDY) -> ModelFol
         if str(path) == released:
             found = "no such folder; as an id of the hub it is not downloaded by itself"
     elif found == "no such folder" and is_hub_id(str(path)) and not path.parent.is_dir():
-        folder = f"models/{path.name}"
-        found = "no such folder; as an id of the hub it is not downloaded by itself"
-        remedy = f"hf download {path} --local-dir {folder}   and give {folder}"
-    return ModelFolderError(attempted, found, expected, remedy)
+        return _not_downloaded(str(path), attempted, "no such folder; as an id of the hub it")
+    return ModelFolderError(attempted, found, _EXPECTED, remedy)
+
+
+def _not_downloaded(hub_id: str, attempted: str, what: str) -> ModelFolderError:
+    """Refusal of a model of the hub, with the line that downloads it."""
+    folder = f"models/{hub_id.rpartition('/')[2]}"
+    return ModelFolderError(
+        attempted,
+        f"{what} is not downloaded by itself",
+        _EXPECTED,
+        f"hf download {hub_id} --local-dir {folder}   and give {folder}",
+    )
 
 
 def _snapshot(cache: Path) -> Path:

@@ -39,6 +39,24 @@ _OWN: tuple[ModelFamily, ...] = (
     WanFamily(),
     LtxFamily(),
 )
+_EXPORT = "Give the folder that `sgmd export RUN --checkpoint N --dtype fp32 --output DIR` writes"
+_OTHER_FOLDERS = (
+    ("checkpoints/", "a run, and no model", f"Give its folder generator/ or best/. {_EXPORT}"),
+    ("*/weights.safetensors", "a checkpoint of a run", _EXPORT),
+    ("weights.safetensors", "one role of a checkpoint", _EXPORT),
+    (
+        "*lora*.safetensors",
+        "a LoRA, which holds changes of weights and no network",
+        "Give a folder with it merged: load_lora_weights(FILE), fuse_lora(), "
+        "save_pretrained(FOLDER) of the pipeline; `sgmd generate BASE --lora FILE` samples it",
+    ),
+    (
+        "*.safetensors",
+        "weights in single files",
+        "Make a folder of one: sgmd import FILE DST --base FOLDER, with a model of the same size",
+    ),
+)
+"""What else a user may take for a model: a pattern of files, what it is, what to do."""
 _MEMBERS = tuple(name for name in vars(ModelFamily) if not name.startswith("_"))
 
 
@@ -95,7 +113,8 @@ def family_of(folder: str | Path) -> ModelFamily:
                 f"Give {snapshots[-1]}",
             )
         refusals = (family.explain_files(path) for family in families())
-        raise next(filter(None, refusals), None) or _no_model(path)
+        known = next(filter(None, refusals), None) or _explained(path)
+        raise known or _no_model(path)
     pipeline = str(index.get("_class_name"))
     kinds = (family.traits.relatives.get(pipeline) for family in families())
     kind = next(filter(None, kinds), None)
@@ -190,6 +209,16 @@ def _no_model(folder: Path) -> ModelFolderError:
         f"a folder in the format of diffusers, of {' or '.join(pipelines)}",
         "Check the path; where a run is meant, its folder is OUTPUT/NAME and has a config.yaml",
     )
+
+
+def _explained(folder: Path) -> ModelFolderError | None:
+    """Refusal of a folder that holds something else of ours; None where nothing is known of it."""
+    for pattern, found, remedy in _OTHER_FOLDERS:
+        if any(folder.glob(pattern)):
+            return ModelFolderError(
+                f"reading {folder / INDEX_FILE}", found, "a diffusers folder of a model", remedy
+            )
+    return None
 
 
 def _unknown(folder: Path, found: str) -> ModelFolderError:

@@ -301,6 +301,13 @@ def _header(file: Path) -> dict[str, Entry]:
                 "a complete safetensors file",
                 "Fetch it: git lfs pull, or download the model with hf download",
             ) from error
+        if file.is_symlink() and not file.exists():
+            raise ModelFolderError(
+                f"reading the header of {file}",
+                f"a link to {file.readlink()}, which is not there",
+                "the file that it leads to",
+                "Download the model again: its cache was cleared, or copied without the files",
+            ) from error
         raise ModelFolderError(
             f"reading the header of {file}",
             f"{type(error).__name__}: {error}",
