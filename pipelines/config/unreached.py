@@ -1,4 +1,4 @@
-"""Parts of a method that begin after a run's last iteration.
+"""Parts of a method, and learning rates, that a run ends before.
 
 A short run to try a recipe is right, so it is warned of and not refused. What it exports looks like
 the method's result, and is not.
@@ -12,6 +12,7 @@ from pipelines.config.methods import ObjectiveSettings
 from sgmd_core.objectives.cdm import CdmObjective
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.phases import Phases
+from workers.settings import FakeScoreSettings, GeneratorSettings
 
 
 class LimitedRun(Protocol):
@@ -25,6 +26,21 @@ class LimitedRun(Protocol):
     @property
     def objective(self) -> ObjectiveSettings:
         """Section `objective`."""
+        ...
+
+    @property
+    def generator(self) -> GeneratorSettings:
+        """Section `generator`."""
+        ...
+
+    @property
+    def fake_score(self) -> FakeScoreSettings:
+        """Section `fake_score`."""
+        ...
+
+    @property
+    def fresh_updates(self) -> int:
+        """Updates of the fake score an iteration that see new samples."""
         ...
 
     @property
@@ -46,8 +62,9 @@ def warn_of_unreached(run: LimitedRun, who: str, log: logging.Logger) -> None:
 
 
 def unreached_parts(run: LimitedRun) -> Iterator[str]:
-    """Returns a sentence for each part of a method that a run is too short for."""
+    """Returns a sentence for each part of a method, and each rate, that a run is too short for."""
     objective, iterations = run.objective, run.iterations
+    yield from _unreached_rates(run)
     if run.phases is not None:
         yield from _untrained_expert(run.phases, iterations)
     term = consistency_of(objective)
@@ -69,6 +86,22 @@ def unreached_parts(run: LimitedRun) -> Iterator[str]:
                 f"iterations {iterations} end within objective.off_trajectory_warmup {warmup}, so "
                 "the loss off the trajectory never has more than "
                 f"{reached / warmup:.2g} of its weight; set a shorter warm-up, or more iterations"
+            )
+
+
+def _unreached_rates(run: LimitedRun) -> Iterator[str]:
+    """Warm-ups that are not over when the run is."""
+    of_fake_score = run.iterations * max(1, run.fresh_updates)
+    for role, own, updates in (
+        ("generator", run.generator.optimizer, run.iterations),
+        ("fake_score", run.fake_score.optimizer, of_fake_score),
+    ):
+        if updates < own.warmup_iterations:
+            reached = own.lr * updates / own.warmup_iterations
+            yield (
+                f"iterations {run.iterations} end within {role}.optimizer.warmup_iterations "
+                f"{own.warmup_iterations}, so the learning rate never exceeds {reached:.3g} of "
+                f"{own.lr:g}; set a shorter warm-up, or more iterations"
             )
 
 

@@ -9,6 +9,8 @@ from pipelines.study.plan import plan_study
 
 LOW = "the low-noise expert is never trained"
 MATCHING = "the matching on own samples never begins"
+RATE = "the learning rate never exceeds 9e-06 of 1e-05"
+FIVE_UPDATES = ["objective.fake_updates=5", "fake_score.tracking=fresh"]
 OFF = "the loss off the trajectory never has more than"
 
 
@@ -34,6 +36,14 @@ OFF = "the loss off the trajectory never has more than"
             ["objective.off_trajectory_warmup=1000", "objective.off_trajectory=0"],
             "",
         ),
+        ("tiny", ["iterations=9", "generator.optimizer.warmup_iterations=10"], RATE),
+        ("tiny", ["iterations=10", "generator.optimizer.warmup_iterations=10"], ""),
+        (
+            "tiny",
+            ["iterations=9", "fake_score.optimizer.warmup_iterations=46", *FIVE_UPDATES],
+            "the learning rate never exceeds",
+        ),
+        ("tiny", ["iterations=9", "fake_score.optimizer.warmup_iterations=45", *FIVE_UPDATES], ""),
         *((name, [], "") for name in ("tiny", "tiny-phased", "tiny-rcm", "tiny-cdm", "tiny-tmd")),
     ],
 )
