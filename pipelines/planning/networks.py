@@ -18,6 +18,16 @@ from workers.models.family import DenoiserShape, ModelFamily, ModelShape
 from workers.models.wan_arithmetic import ExpertsShape
 
 
+_OF_THE_HUB = {
+    "Wan2.1-T2V-1.3B-Diffusers": "1.3b",
+    "Wan2.1-T2V-14B-Diffusers": "14b",
+    "Wan2.2-TI2V-5B-Diffusers": "5b",
+    "Wan2.2-T2V-A14B-Diffusers": "a14b",
+    "LTX-Video": "ltx-2b",
+}
+"""Names of `released_models` by the names of their folders on the hub."""
+
+
 def released_models() -> dict[str, ModelShape]:
     """Shapes of the released models of all families, by name."""
     return {name: shape for family in families() for name, shape in family.traits.released.items()}
@@ -51,7 +61,7 @@ def other_shapes(config: DistillConfig, own: DenoiserShape) -> dict[str, Denoise
     """Returns the networks of the roles that start from another model than the generator."""
     models = models_of_roles(config)
     shapes = {
-        role: _read(model_on_this_machine(model)).denoiser
+        role: _read_or_known(model_on_this_machine(model)).denoiser
         for role, model in models.items()
         if model != models[GENERATOR]
     }
@@ -102,7 +112,11 @@ def family_of_role(config: DistillConfig, role: str, model: str | None = None) -
     models = models_of_roles(config)
     if model and models[role] == models[GENERATOR]:
         return next(one for one in families() if model.lower() in one.traits.released)
-    return family_of(model_on_this_machine(models[role]))
+    folder = model_on_this_machine(models[role])
+    known = None if folder.exists() else _OF_THE_HUB.get(folder.name)
+    if known is not None:
+        return next(one for one in families() if known in one.traits.released)
+    return family_of(folder)
 
 
 def _released(model: str) -> ModelShape:
@@ -110,6 +124,12 @@ def _released(model: str) -> ModelShape:
     if model.lower() not in known:
         raise ConfigError("planning a run", f"a model called {model}", f"one of {', '.join(known)}")
     return known[model.lower()]
+
+
+def _read_or_known(folder: Path) -> ModelShape:
+    """Shape of another role's model: of one that is not here, by its name on the hub."""
+    known = None if folder.exists() else _OF_THE_HUB.get(folder.name)
+    return _read(folder) if known is None else _released(known)
 
 
 def _read(folder: Path) -> ModelShape:

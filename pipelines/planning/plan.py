@@ -16,7 +16,7 @@ from pipelines.planning.pool_maps import (
     map_memory,
     pool_maps,
 )
-from pipelines.planning.savings import fitting_savings, run_fits
+from pipelines.planning.savings import fitting_savings, run_fits, with_all_savings
 from pipelines.planning.search import candidates, find_best, rank_memory
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
@@ -233,10 +233,20 @@ def _without(kinds: Sequence[GpuKind], taken: int) -> list[GpuKind]:
 
 
 def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigError:
+    attempted = f"planning for {num_gpus} GPUs of {hardware.memory_gb:g} GB"
+    roomy = replace(hardware, host_memory_gb=math.inf)
+    if run_fits(work, roomy, num_gpus):
+        return ConfigError(
+            attempted,
+            f"every role fits a GPU, but a rank takes {_least_main(work, roomy, num_gpus):.1f} GB "
+            "of main memory",
+            f"at most {hardware.host_memory_gb:g} GB of main memory beside each GPU",
+            "Raise --host-memory if the machines have more, or take more GPUs to share states out",
+        )
     usable = hardware.usable_bytes / GB
     remedies = list(_remedies(work, hardware, num_gpus))
     return ConfigError(
-        f"planning for {num_gpus} GPUs of {hardware.memory_gb:g} GB",
+        attempted,
         f"in no layout does every role fit{work.at_largest}. At its least, "
         f"{_least(work, num_gpus)}",
         f"at most {usable:.1f} GB: the rest of the {hardware.memory_gb:g} GB is CUDA's, NCCL's and"
@@ -245,6 +255,15 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
         if remedies
         else "No settings make it fit: use smaller clips, or more and larger GPUs",
     )
+
+
+def _least_main(work: Workload, roomy: Hardware, num_gpus: int) -> float:
+    """GB of main memory of the fullest rank, in the layout that takes the least of it."""
+    layouts = [dict(rank_memory(work, split)) for split in candidates(work, num_gpus)]
+    layouts += [map_memory(work, one) for one in pool_maps(work, num_gpus)]
+    layouts.append({"all roles": fused_memory(work, num_gpus)})
+    fitting = [one for one in layouts if all(part.fits(roomy) for part in one.values())]
+    return min(max(part.main_memory for part in one.values()) for one in fitting or layouts) / GB
 
 
 def _least(work: Workload, num_gpus: int) -> str:
@@ -267,7 +286,8 @@ def _least(work: Workload, num_gpus: int) -> str:
 
 def _remedies(work: Workload, hardware: Hardware, num_gpus: int) -> Iterator[str]:
     """Changes that would do, the cheapest first."""
-    if found := fitting_savings(work, hardware, num_gpus):
+    found = fitting_savings(work, hardware, num_gpus)
+    if found:
         yield " ".join(found[1])
     if work.averages and run_fits(replace(work, averages=False), hardware, num_gpus):
         yield "generator.ema_decay=0"
@@ -275,13 +295,41 @@ def _remedies(work: Workload, hardware: Hardware, num_gpus: int) -> Iterator[str
         if run_fits(replace(work, batch_size=factor * work.batch_size), hardware, num_gpus):
             yield f"batch.size={factor * work.batch_size}, which more ranks can share"
             break
-    more = next((n for n in _doubled(num_gpus, _MOST_GPUS) if run_fits(work, hardware, n)), None)
+    more = _fewest_gpus(work, hardware, num_gpus)
+    larger = _least_memory(work, hardware, num_gpus)
+    if not found:
+        yield from _remedies_with_savings(work, hardware, num_gpus, more, larger)
     if more is not None:
-        yield f"{_bisected(more, lambda n: run_fits(work, hardware, n))} GPUs"
-    larger = [replace(hardware, memory_gb=float(gb)) for gb in range(0, _MOST_MEMORY_GB + 1, 8)]
-    enough = next((one for one in larger if run_fits(work, one, num_gpus)), None)
-    if enough is not None:
-        yield f"GPUs of {enough.memory_gb:g} GB"
+        yield f"{more} GPUs"
+    if larger is not None:
+        yield f"GPUs of {larger.memory_gb:g} GB"
+
+
+def _remedies_with_savings(
+    work: Workload, hardware: Hardware, num_gpus: int, more: int | None, larger: Hardware | None
+) -> Iterator[str]:
+    """Fewer GPUs more, or smaller larger ones, where settings save memory besides."""
+    saving = with_all_savings(work)
+    fewer = _fewest_gpus(saving, hardware, num_gpus)
+    if fewer is not None and (more is None or fewer < more):
+        if found := fitting_savings(work, hardware, fewer):
+            yield f"{fewer} GPUs and {' '.join(found[1])}"
+    smaller = _least_memory(saving, hardware, num_gpus)
+    if smaller is not None and (larger is None or smaller.memory_gb < larger.memory_gb):
+        if found := fitting_savings(work, smaller, num_gpus):
+            yield f"GPUs of {smaller.memory_gb:g} GB and {' '.join(found[1])}"
+
+
+def _fewest_gpus(work: Workload, hardware: Hardware, num_gpus: int) -> int | None:
+    """The fewest GPUs above a number that an iteration fits; None: the most do not suffice."""
+    more = next((n for n in _doubled(num_gpus, _MOST_GPUS) if run_fits(work, hardware, n)), None)
+    return None if more is None else _bisected(more, lambda n: run_fits(work, hardware, n))
+
+
+def _least_memory(work: Workload, hardware: Hardware, num_gpus: int) -> Hardware | None:
+    """The smallest GPUs that an iteration fits; None: the largest do not suffice."""
+    sizes = [replace(hardware, memory_gb=float(gb)) for gb in range(0, _MOST_MEMORY_GB + 1, 8)]
+    return next((one for one in sizes if run_fits(work, one, num_gpus)), None)
 
 
 def _doubled(number: int, most: int) -> Iterator[int]:

@@ -112,6 +112,11 @@ def fitting_savings(
     return _with(work, taken), tuple(name for saving in taken for name in saving.settings)
 
 
+def with_all_savings(work: Workload) -> Workload:
+    """Returns the iteration with every setting that saves memory."""
+    return _with(work, list(savings(work)))
+
+
 def run_fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
     """Returns True if a GPU of every pool holds its ranks, in some layout."""
     return any_layout_fits(work, hardware, num_gpus) or any_split_fits(work, hardware, num_gpus)

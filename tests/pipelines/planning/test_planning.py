@@ -751,6 +751,28 @@ class TestRefusals:
         assert make_plan(large, times, Hardware(memory_gb=gigabytes), 8).best.fits
 
     @pytest.mark.slow
+    def test_more_gpus_are_counted_with_the_settings_that_save_memory_too(self):
+        small = Hardware(memory_gb=24)
+        with pytest.raises(ConfigError) as refused:
+            make_plan(SMALL, modelled(SMALL, small), small, 1)
+        words = str(refused.value)
+        number, *settings = re.findall(r"with (\d+) GPUs and (\S+)", words)[0]
+        assert f"{settings[0]} " in " ".join(fitting_savings(SMALL, small, int(number))[1])
+        assert fitting_savings(SMALL, small, int(number) - 1) is None
+        plain = int(re.findall(r"with (\d+) GPUs;", words)[0])
+        assert run_fits(SMALL, small, plain)
+        assert int(number) < plain
+
+    def test_main_memory_that_lacks_is_named_and_not_that_of_the_gpus(self):
+        poor = Hardware(host_memory_gb=1)
+        with pytest.raises(ConfigError, match=r"takes [\d.]+ GB of main memory") as refused:
+            make_plan(SMALL, modelled(SMALL, poor), poor, 8)
+        needed = float(re.findall(r"takes ([\d.]+) GB", str(refused.value))[0])
+        assert 1 < needed < 10
+        assert run_fits(SMALL, replace(poor, host_memory_gb=needed + 0.1), 8)
+        assert not run_fits(SMALL, replace(poor, host_memory_gb=needed - 0.1), 8)
+
+    @pytest.mark.slow
     def test_settings_that_save_memory_are_proposed_as_few_as_will_do(self):
         large, tight = replace(LARGE, batch_size=8), Hardware()
         with pytest.raises(ConfigError, match=r"It would fit with generator\.") as refused:
@@ -1129,6 +1151,16 @@ class TestCommand:
         result = sgmd("plan", "wan21-1.3b", "--model", "14b", "--gpus", 8)
         assert result.exit_code == 2
         assert "It would fit with" in result.stderr
+
+    def test_a_teacher_that_is_not_here_is_known_by_its_name_on_the_hub(self):
+        for folder in ("models/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"):
+            config = load_recipe("wan21-1.3b", [f"teacher.model={folder}"])
+            work = Workload.of(config, "1.3b")
+            assert work.shape == RELEASED_SHAPES["1.3b"]
+            assert work.shape_of(TEACHER) == work.shape_of(FAKE_SCORE) == RELEASED_SHAPES["14b"]
+        config = load_recipe("wan21-1.3b", ["teacher.model=models/mine"])
+        with pytest.raises(ConfigError, match="models/mine: no such folder"):
+            Workload.of(config, "1.3b")
 
     def test_a_missing_folder_names_the_option_that_does_without(self):
         result = sgmd("plan", "wan21-1.3b")
