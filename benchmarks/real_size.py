@@ -1,7 +1,7 @@
 """Peak memory and seconds of two iterations of `sgmd distill` at a real size, on a CPU.
 
     python benchmarks/real_size.py lora --output lora.json     Wan 2.1 1.3B, adapters, one base
-    python benchmarks/real_size.py full --output full.json     a Wan of 290 M, all weights trained
+    python benchmarks/real_size.py full --output full.json     a Wan of 282 M, all weights trained
 
 The networks have true configurations and random weights: the denoiser in bfloat16 (`lora`) or
 float32 (`full`), the released autoencoder, and a text encoder of the released width with one layer
