@@ -17,7 +17,6 @@ from workers.models.families import families, family_of
 from workers.models.family import DenoiserShape, ModelFamily, ModelShape
 from workers.models.wan_arithmetic import ExpertsShape
 
-
 _OF_THE_HUB = {
     "Wan2.1-T2V-1.3B-Diffusers": "1.3b",
     "Wan2.1-T2V-14B-Diffusers": "14b",

@@ -311,13 +311,13 @@ def _remedies_with_savings(
     """Fewer GPUs more, or smaller larger ones, where settings save memory besides."""
     saving = with_all_savings(work)
     fewer = _fewest_gpus(saving, hardware, num_gpus)
-    if fewer is not None and (more is None or fewer < more):
-        if found := fitting_savings(work, hardware, fewer):
-            yield f"{fewer} GPUs and {' '.join(found[1])}"
+    are_fewer = fewer is not None and (more is None or fewer < more)
+    if fewer and are_fewer and (found := fitting_savings(work, hardware, fewer)):
+        yield f"{fewer} GPUs and {' '.join(found[1])}"
     smaller = _least_memory(saving, hardware, num_gpus)
-    if smaller is not None and (larger is None or smaller.memory_gb < larger.memory_gb):
-        if found := fitting_savings(work, smaller, num_gpus):
-            yield f"GPUs of {smaller.memory_gb:g} GB and {' '.join(found[1])}"
+    is_smaller = smaller is not None and (larger is None or smaller.memory_gb < larger.memory_gb)
+    if smaller and is_smaller and (found := fitting_savings(work, smaller, num_gpus)):
+        yield f"GPUs of {smaller.memory_gb:g} GB and {' '.join(found[1])}"
 
 
 def _fewest_gpus(work: Workload, hardware: Hardware, num_gpus: int) -> int | None:
