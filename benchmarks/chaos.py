@@ -103,7 +103,7 @@ class Ride:
 
     @property
     def log(self) -> Path:
-        """What the latest process of the run has printed."""
+        """Output of the latest process of the run."""
         return Path(self._run.folder) / f"{self._run.name}-{len(self.ends) + 1}.log"
 
     def _start(self, began_s: float) -> int:
@@ -170,7 +170,7 @@ def seconds_lost(stormy: StormyRun, calm: StormyRun) -> dict[str, list[float]]:
 
 
 def _first_times(run: StormyRun) -> dict[int, float]:
-    """When each iteration was reached first."""
+    """Time at which each iteration was first reached."""
     found: dict[int, float] = {}
     for line in run.book():
         if "reached" in line:
@@ -213,7 +213,7 @@ def samples(stormy: StormyRun, calm: StormyRun) -> dict[str, Any]:
 
 
 def _used(run: StormyRun, num_iterations: int) -> Counter[tuple[int, int, str]]:
-    """How often each sample was used, with iteration and place in the batch."""
+    """Number of uses of each sample, with iteration and place in the batch."""
     return Counter(
         (entry.iteration, place, name)
         for entry in Ledger(run.run_folder.ledger).entries()
@@ -235,7 +235,7 @@ def missed(stormy: StormyRun, ends: Sequence[str]) -> list[str]:
 
 
 def compare(ride: Ride, stormy: StormyRun, calm: StormyRun) -> dict[str, Any]:
-    """What a storm has done."""
+    """Effects of a storm."""
     events = Counter(event["kind"] for event in read_jsonl(stormy.run_folder.events))
     lost = seconds_lost(stormy, calm)
     without_effect = missed(stormy, ride.ends)

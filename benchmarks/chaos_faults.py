@@ -84,7 +84,7 @@ class StormyRun:
 
     @property
     def disk(self) -> Path:
-        """Where all that the run writes lies."""
+        """Place of all that the run writes."""
         return Path(self.folder) / "disk"
 
     @property

@@ -1,4 +1,4 @@
-"""What a stormy run stands on, and the faults that befall it: server, disk and machines."""
+"""Services that a stormy run uses, and the faults that they suffer: server, disk and machines."""
 
 import os
 import resource

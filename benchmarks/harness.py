@@ -70,7 +70,7 @@ class Setting:
 
     @property
     def layout(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """Which pools each role lives on, as a key."""
+        """Pools of each role, as a key."""
         return tuple(sorted(self.places.items()))
 
     @property

@@ -1,4 +1,4 @@
-"""What few steps cost a teacher of the world `open`, in floors.
+"""Cost of few steps for a teacher of the world `open`, in floors.
 
     python benchmarks/open_world.py MODEL --clips 256 --floors 3
 

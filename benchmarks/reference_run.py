@@ -58,7 +58,7 @@ _MARGIN = 1.0
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What is kept of a run."""
+    """Figures that are kept of a run."""
     run = RunFolder(folder)
     config = load_recipe(str(run.config))
     lines = read_jsonl(run.metrics)

@@ -221,7 +221,7 @@ def judge(samples: list[dict[str, Any]], warm_up: int, shortest: int) -> dict[st
 
 
 def evaluate(run: StormyRun, warm_up: int, shortest: int) -> dict[str, Any]:
-    """What is known of a soak, finished or not."""
+    """Figures of a soak, finished or not."""
     samples = _lines(_samples_path(run))
     metrics = read_jsonl(run.run_folder.metrics)
     took = [line["seconds"]["total"] for line in metrics]
