@@ -124,7 +124,9 @@ def _all_problems(kind: type[BaseModel], settings: Mapping[str, Any]) -> Iterato
                 wrong.add(key.rpartition(".")[0])
                 continue
             lines = _problems(detail, known, methods)
-            yield from (line for line in lines if not any(each in line for each in dropped))
+            # What a record says of a setting that was left out is said of its default.
+            if not (is_own and _wrong_key(key, lines[0], known) in dropped):
+                yield from (line for line in lines if not any(each in line for each in dropped))
             wrong.add(_wrong_key(key, lines[0], known) if is_own else key)
         wrong -= {"", *dropped}
         if not wrong:

@@ -333,6 +333,13 @@ class TestRecipes:
 
 
 class TestRefusals:
+    def test_a_default_that_takes_the_place_of_a_wrong_value_is_not_wrong_itself(self):
+        settings = ["decay=cosine", "decay_iterations=100", "warmup_iterations=200"]
+        with pytest.raises(ConfigError) as refused:
+            load_recipe("tiny", [f"generator.optimizer.{one}" for one in settings])
+        assert "decay_iterations is 100, expected more than the 200" in str(refused.value)
+        assert "settings are wrong" not in str(refused.value)
+
     def test_an_unknown_key_names_the_nearest_one_and_the_file(self, recipe_file):
         text = refusal("objective.lambda_nrr=1", recipe=str(recipe_file))
         assert "objective.lambda_nrr is not a setting" in text
