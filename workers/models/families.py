@@ -47,8 +47,8 @@ _OTHER_FOLDERS = (
     (
         "*lora*.safetensors",
         "a LoRA, which holds changes of weights and no network",
-        "Give a folder with it merged: load_lora_weights(FILE), fuse_lora(), "
-        "save_pretrained(FOLDER) of the pipeline; `sgmd generate BASE --lora FILE` samples it",
+        "Make a folder of it and its base: sgmd import FILE DST --base FOLDER; `sgmd generate BASE "
+        "--lora FILE` samples it",
     ),
     (
         "*.safetensors",
