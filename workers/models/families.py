@@ -216,7 +216,10 @@ def _explained(folder: Path) -> ModelFolderError | None:
     for pattern, found, remedy in _OTHER_FOLDERS:
         if any(folder.glob(pattern)):
             return ModelFolderError(
-                f"reading {folder / INDEX_FILE}", found, "a diffusers folder of a model", remedy
+                f"loading the model {folder}",
+                f"no {INDEX_FILE}: {found}",
+                "a diffusers folder of a model",
+                remedy,
             )
     return None
 
