@@ -222,7 +222,6 @@ def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> 
     checked = family.inspect(folder)
     require_text_encoder(checked, f"sampling from {folder}")
     settings = read_inference_settings(folder).model_copy(update=changes)
-    checked.latent_shape(settings.num_frames, settings.height, settings.width)
     pixel_bytes = _BYTES_A_PIXEL * settings.num_frames * settings.height * settings.width
     memory, _ = memory_bytes()
     if pixel_bytes > memory:
@@ -233,6 +232,7 @@ def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> 
             f"what fits into the {memory / 1e9:.3g} GB of this machine's memory",
             "Lower num_frames, height or width",
         )
+    checked.latent_shape(settings.num_frames, settings.height, settings.width)
     rules = family.traits.sampling
     if settings.height % rules.multiple_px or settings.width % rules.multiple_px:
         raise ShapeError(
