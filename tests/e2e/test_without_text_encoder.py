@@ -207,3 +207,18 @@ def test_an_index_may_say_that_there_is_none_and_pickles_are_no_absence(
     (folder / "text_encoder/pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ModelFolderError, match="text_encoder"):
         family.inspect(folder)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_pools_on_ray_load_no_text_encoder_either(
+    make_recipe: MakeRecipe, sets: Path, bare: Path, ray_cluster: None
+) -> None:
+    given = stored(sets, f"model.folder={bare}")
+    local, pools = (
+        make_recipe(f"name={mode}", *given, f"topology.mode={mode}") for mode in ("local", "pools")
+    )
+    distill(local)
+    distill(pools)
+    assert history(pools) == history(local)
+    assert state(pools, 2) == state(local, 2)
