@@ -55,6 +55,9 @@ _PREPARE = (
 _LOOKED_AT = 1000  # files that are counted of a folder without shards
 # Part of the digest: what is made of the same bytes changes with it.
 _VERSION = b"1"
+JOB_FOLDER = "submitted"
+"""Folder of a job's package with the recipe and the files of captions that go along."""
+
 _SHARD_ROWS = 4096
 _PREFIX = "captions-"
 _READ_BYTES = 2**20
@@ -102,6 +105,14 @@ def locate_set(
     with data_errors(f"opening {url}"):
         if filesystem.isdir(root):
             return url, ""
+        if url.startswith(f"{JOB_FOLDER}/") and not filesystem.exists(root):
+            raise DataError(
+                f"reading {url}",
+                "no such file: it went along with a submitted job, whose package is deleted",
+                "the same file, where it lies now",
+                "Name it: --captions of `sgmd evaluate`, --data of `sgmd ledger`, data.train=..."
+                " and data.validation=... of a resume or a new run",
+            )
     return _located(url, s3, names, _stamp(filesystem, root))
 
 

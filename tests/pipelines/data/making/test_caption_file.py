@@ -9,7 +9,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from pipelines.data.checking.check import CheckOptions, check_shards
-from pipelines.data.making.caption_file import open_set, read_prompts
+from pipelines.data.making.caption_file import JOB_FOLDER, open_set, read_prompts
 from pipelines.data.making.prepare import PrepareOptions, prepare
 from pipelines.data.making.source_clip import Columns
 from pipelines.data.stream.batch import Batch
@@ -17,6 +17,7 @@ from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.inspect import first_captions, inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.source import Source
+from pipelines.submitting.request import TRAVELLING
 from sgmd_core.errors import DataError
 from tests.helpers.s3_server import serve_s3, use_server
 
@@ -156,6 +157,16 @@ def test_a_file_without_captions_is_refused_in_one_sentence(tmp_path, name, text
         (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=words):
         inspect_folder(Source(str(tmp_path / name)), 0, ShuffleSettings())
+
+
+def test_a_file_that_went_along_with_a_job_is_asked_for_again(tmp_path, monkeypatch):
+    assert str(TRAVELLING) == JOB_FOLDER  # in two places, as jobs load none of the data plane
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"went along with a submitted job.*--captions"):
+        take("submitted/data.train/prompts.txt", 1)
+    (tmp_path / "submitted" / "data.train").mkdir(parents=True)
+    write(tmp_path / "submitted" / "data.train" / "prompts.txt")
+    assert take("submitted/data.train/prompts.txt", 1).captions
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch):
