@@ -21,11 +21,3 @@ def test_clips_are_those_whose_latent_frames_divide_into_patches(temporal: int, 
             words = str(refused.value).partition("the nearest are ")[2].partition(" frames")[0]
             for near in map(int, words.split(" or ")):
                 assert geometry.latent_shape(near, 16, 24)
-
-
-def test_a_clip_with_more_patches_than_positions_is_refused_before_it_is_made() -> None:
-    geometry = ClipGeometry(4, 4, 4, (1, 2, 2), most_patches=16)
-    assert geometry.latent_shape(61, 128, 128) == (4, 16, 32, 32)
-    for size in ((65, 128, 128), (61, 136, 128), (61, 128, 136)):
-        with pytest.raises(ShapeError, match="at most 16 along each axis"):
-            geometry.latent_shape(*size)

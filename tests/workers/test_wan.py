@@ -249,3 +249,10 @@ def test_the_embedded_teacher_loads_in_diffusers_and_shows_what_captions_say() -
 def test_the_embedded_teacher_is_small_enough_for_git() -> None:
     size_bytes = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
     assert size_bytes <= 12_000_000
+
+
+def test_latents_with_more_patches_than_positions_are_refused_by_name() -> None:
+    network = tiny_velocity()
+    network.require_latents(torch.zeros(1, 4, 3, 32, 32))
+    with pytest.raises(ShapeError, match="at most 16 along each axis"):
+        network.require_latents(torch.zeros(1, 4, 3, 32, 34))

@@ -70,7 +70,6 @@ class ClipGeometry:
     spatial_factor: int
     patch_size: tuple[int, int, int] = (1, 1, 1)
     sampled_px: int = field(default=1, compare=False)
-    most_patches: int | None = field(default=None, compare=False)
 
     def latent_shape(
         self, num_frames: int, height: int, width: int, attempted: str = "sizing latents"
@@ -84,8 +83,7 @@ class ClipGeometry:
             attempted: Purpose, for the error.
 
         Raises:
-            ShapeError: The clip does not divide into latent cells and patches, or has more of them
-                along an axis than the denoiser has positions for.
+            ShapeError: The clip does not divide into latent cells and patches.
         """
         # The first latent frame holds one video frame, and each after it `temporal_factor`.
         per_frame = self.temporal_factor * self.patch_size[0]
@@ -104,18 +102,12 @@ class ClipGeometry:
                 f"{_nearest(width, lcm(column, self.sampled_px))}",
                 "Correct video.num_frames, video.height or video.width",
             )
-        frames = (num_frames - 1) // self.temporal_factor + 1
-        cells = frames, height // self.spatial_factor, width // self.spatial_factor
-        patches = [size // patch for size, patch in zip(cells, self.patch_size, strict=True)]
-        if self.most_patches is not None and max(patches) > self.most_patches:
-            raise ShapeError(
-                attempted,
-                f"{num_frames} frames of {height}x{width}: {'x'.join(map(str, patches))} patches",
-                f"at most {self.most_patches} along each axis, for which the denoiser has positions"
-                " (rope_max_seq_len)",
-                "Take shorter or smaller clips",
-            )
-        return (self.latent_channels, *cells)
+        return (
+            self.latent_channels,
+            (num_frames - 1) // self.temporal_factor + 1,
+            height // self.spatial_factor,
+            width // self.spatial_factor,
+        )
 
 
 def _nearest(size: int, step: int, *, first: int = 0) -> str:

@@ -179,6 +179,16 @@ class WanVelocity(Denoiser):
         sizes = zip(x_t.shape[2:], patch_size, strict=True)
         if any(size % patch for size, patch in sizes):
             raise ShapeError("denoising", f"latents of shape {tuple(x_t.shape)}", expected)
+        patches = [size // patch for size, patch in zip(x_t.shape[2:], patch_size, strict=True)]
+        most = self.transformer.config["rope_max_seq_len"]
+        if max(patches) > most:
+            raise ShapeError(
+                "denoising",
+                f"{'x'.join(map(str, patches))} patches of latents of shape {tuple(x_t.shape)}",
+                f"at most {most} along each axis, for which the network has positions "
+                "(rope_max_seq_len)",
+                "Take shorter or smaller clips",
+            )
 
 
 def _in_the_type_of_its_input(

@@ -187,7 +187,6 @@ class WanFamily:
             vae.get("scale_factor_spatial", RELEASED_GEOMETRY.spatial_factor),
             shape.patch_size,
             SAMPLED_PX,
-            config.get("rope_max_seq_len"),
         )
         return ModelShape(shape, geometry)
 

@@ -113,7 +113,6 @@ def inspect_wan_folder(
             spatial_factor=vae["scale_factor_spatial"],
             patch_size=(frames, rows, columns),
             sampled_px=SAMPLED_PX,
-            most_patches=transformer.get("rope_max_seq_len"),
         ),
         text_width=transformer["text_dim"],
         num_parameters={name: part.architecture.num_parameters for name, part in parts.items()},
