@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from cluster.errors import ClusterError, JobError
+from cluster.errors import ClusterError, JobError, LeaseError
 from cluster.redaction import printable, without_secrets
 from sgmd_core.errors import (
     AlarmError,
@@ -85,7 +85,9 @@ def hinting(hint: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, _RUN_FAILURES) or not isinstance(error, SgmdError):
+        # Of a folder that another process writes to, that process says how it goes on.
+        failed = isinstance(error, _RUN_FAILURES) and not isinstance(error, LeaseError)
+        if failed or not isinstance(error, SgmdError):
             words = hint()
             said = "\n".join([str(error), *_notes(error)])
             if words and "--resume" not in said:

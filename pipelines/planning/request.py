@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.config.roles import FAKE_SCORE, GENERATOR
 from pipelines.planning import stage_times
 from pipelines.planning.beside import (
     VALIDATOR,
@@ -20,7 +21,7 @@ from pipelines.planning.hardware import Hardware, parse_kinds
 from pipelines.planning.layouts import Layout
 from pipelines.planning.passes import expected_lag, lag_share, total_units
 from pipelines.planning.plan import Plan, best_layouts, make_mixed_plan, make_plan
-from pipelines.planning.savings import Saved, walk_setting
+from pipelines.planning.savings import Saved, fitting_savings, walk_setting
 from pipelines.planning.search import find_batch
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
@@ -32,6 +33,7 @@ _TO_GAIN = 1.05
 _WALK_GAINS = 1.01
 _MOST_GPUS = 4096  # the search over layouts grows with them
 _GPUS, _MEMORY_GB = 8, 80.0
+_ADAPTER_RANK = 64  # as in the recipes that train adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +153,44 @@ def _of_one_kind(request: Request, config: DistillConfig, hardware: Hardware) ->
         work, saved, times = fastest.work, fastest.settings, times_of(fastest.work)
         config = load_recipe(request.recipe, [*request.overrides, *saved])
     suited = replace(work, batch_size=find_batch(work, times, hardware, for_roles))
-    result, other = (
-        replace(make_plan(one, times, hardware, for_roles, beside), memory_settings=saved)
-        for one in (work, suited)
-    )
+    try:
+        result, other = (
+            replace(make_plan(one, times, hardware, for_roles, beside), memory_settings=saved)
+            for one in (work, suited)
+        )
+    except ConfigError as error:
+        if words := _by_adapters(request, work, hardware, for_roles):
+            error.add_note(words)
+        raise
     if request.any_batch and _samples_per_s(other) > _samples_per_s(result):
         result, other = other, result
     advice = _batch(result, other)
     if fastest is not None and not request.any_batch:
         advice += _faster(result, fastest, times_of)
     return Answer(config, result, advice)
+
+
+def _by_adapters(request: Request, work: Workload, hardware: Hardware, num_gpus: int) -> str:
+    """Says with which settings adapters would fit where whole weights do not; empty: none."""
+    if work.adapters:
+        return ""
+    settings = [
+        f"{role}.{setting}"
+        for role in (GENERATOR, FAKE_SCORE)
+        for setting in (f"lora={{rank: {_ADAPTER_RANK}}}", "compute.weights=bf16")
+    ]
+    try:
+        adapted = Workload.of(
+            load_recipe(request.recipe, [*request.overrides, *settings]), request.model
+        )
+    except ConfigError:
+        # Some methods train whole weights only.
+        return ""
+    found = fitting_savings(adapted, hardware, num_gpus)
+    if found is None:
+        return ""
+    named = " ".join(f"'{setting}'" if " " in setting else setting for setting in settings)
+    return f"Adapters in place of whole weights would fit, with {' '.join([named, *found[1]])}"
 
 
 def _times_with(

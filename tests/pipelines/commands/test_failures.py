@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, LeaseError
 from pipelines.commands.failures import hinting, report_failure
 from sgmd_core.errors import ConfigError, DataError
 
@@ -96,9 +96,14 @@ class TestHints:
         report_failure(caught.value, "distill", [])
         assert HINT in capsys.readouterr().err
 
-    def test_a_wrong_request_gets_no_hint(self, capsys):
-        with pytest.raises(ConfigError) as caught, hinting(lambda: HINT):
-            raise ConfigError("reading", "nothing")
+    @pytest.mark.parametrize(
+        "error",
+        [ConfigError("reading", "nothing"), LeaseError("writing", "another process", "none")],
+        ids=["wrong request", "folder of another process"],
+    )
+    def test_a_refused_start_gets_no_hint(self, error, capsys):
+        with pytest.raises(type(error)) as caught, hinting(lambda: HINT):
+            raise error
         report_failure(caught.value, "distill", [])
         assert HINT not in capsys.readouterr().err
 

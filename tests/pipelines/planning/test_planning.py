@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -1151,6 +1152,18 @@ class TestCommand:
         result = sgmd("plan", "wan21-1.3b", "--model", "14b", "--gpus", 8)
         assert result.exit_code == 2
         assert "It would fit with" in result.stderr
+
+    def test_adapters_are_named_where_they_alone_fit(self):
+        options = ["wan21-1.3b", "--model", "1.3b", "--gpus", 2, "--gpu-memory", 24]
+        short = sgmd("plan", *options)
+        assert short.exit_code == 2
+        (words,) = [line for line in short.stderr.splitlines() if line.startswith("Adapters")]
+        settings = shlex.split(words.split(", with ")[1])
+        assert settings[0] == "generator.lora={rank: 64}"
+        assert sgmd("plan", *options, *settings).exit_code == 0
+        # A run that has them already is told of none.
+        less = [*options[:-1], 6, *settings]
+        assert "Adapters" not in sgmd("plan", *less).stderr
 
     def test_a_teacher_that_is_not_here_is_known_by_its_name_on_the_hub(self):
         for folder in ("models/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"):
