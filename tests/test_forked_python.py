@@ -50,9 +50,12 @@ def output(*arguments: str | Path, **settings: object) -> str:
 
 def waiting() -> subprocess.Popen[str]:
     """A process that ends with 7 when it is asked to end."""
+    # A shell's job in the background ignores SIGINT, and what it starts does so too.
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [forked_python(), "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, own)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
