@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cluster.folders import whole_folder_at
 from workers.adapters import lora_of
 from workers.base_networks import base_parameters
-from workers.models.adapter_files import MergedWeights
+from workers.models.adapter_files import merge_adapters
 from workers.models.addresses import local_model
 from workers.models.configs import INDEX_FILE
 from workers.models.exporting import DTYPES, narrowed
@@ -41,7 +41,7 @@ def write_generator(
     base, lora = local_model(base_folder), lora_of(network)
     if lora is not None:
         # Into the base as it was trained over, in whatever type that is.
-        weights = MergedWeights(base_parameters(network), weights, lora)
+        weights = merge_adapters(base_parameters(network), weights, lora)
     family = family_of(base)
     weights = narrowed(weights, DTYPES[form.dtype], family.traits.keep_fp32)
     with whole_folder_at(dst, (SETTINGS_FILE, INDEX_FILE)) as draft:

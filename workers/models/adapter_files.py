@@ -19,7 +19,9 @@ from workers.network_settings import LoraSettings
 _FIRST, _SECOND = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-class MergedWeights(ChangedWeights):
+def merge_adapters(
+    base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], lora: LoraSettings
+) -> ChangedWeights:
     """Parameters of a denoiser with its adapters merged; those with adapters in float32.
 
     Args:
@@ -30,22 +32,18 @@ class MergedWeights(ChangedWeights):
     Raises:
         CheckpointError: The adapters are not those of this base.
     """
-
-    def __init__(
-        self, base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], lora: LoraSettings
-    ) -> None:
-        changes: dict[str, list[WeightChange]] = {}
-        for layer, (first, second) in _pairs(adapters).items():
-            name, change = f"{layer}.weight", Product(second, first, lora.scale)
-            if name not in base or base[name].shape != change.shape:
-                raise CheckpointError(
-                    "merging adapters into a base",
-                    f"an adapter of {name}, {tuple(second.shape)} x {tuple(first.shape)}",
-                    "adapters of this base",
-                    "Give the model folder that the run was started with",
-                )
-            changes[name] = [change]
-        super().__init__(base, changes)
+    changes: dict[str, list[WeightChange]] = {}
+    for layer, (first, second) in _pairs(adapters).items():
+        name, change = f"{layer}.weight", Product(second, first, lora.scale)
+        if name not in base or base[name].shape != change.shape:
+            raise CheckpointError(
+                "merging adapters into a base",
+                f"an adapter of {name}, {tuple(second.shape)} x {tuple(first.shape)}",
+                "adapters of this base",
+                "Give the model folder that the run was started with",
+            )
+        changes[name] = [change]
+    return ChangedWeights(base, changes)
 
 
 def merged_weights(
@@ -53,7 +51,7 @@ def merged_weights(
     adapters: Mapping[str, Tensor],
     lora: LoraSettings,
     dtype: torch.dtype = torch.float32,
-) -> MergedWeights:
+) -> ChangedWeights:
     """Merge adapters into the denoiser of a model folder, read in the type that it had in training.
 
     Raises:
@@ -62,7 +60,7 @@ def merged_weights(
     """
     folder = Path(base_folder)
     base = dict(family_of(folder).load_denoiser(folder, dtype).named_parameters())
-    return MergedWeights(base, adapters, lora)
+    return merge_adapters(base, adapters, lora)
 
 
 @torch.no_grad()

@@ -182,16 +182,7 @@ def check_shards(
     chosen = choose_rows(num_rows, options.sample, options.seed)
     options = replace(options, names=opened.names)
     tasks = list(_tasks(folder, shards, chosen, options))
-    processes = options.num_processes
-    if processes is None:
-        processes = len(os.sched_getaffinity(0))
-    tally = CheckTally(None if options.count_tokens is None else options.text_length)
-    found = map_in_order(check_group, tasks, processes, options.max_hang_s)
-    for done, facts in enumerate(found, start=1):
-        if isinstance(facts, Died):
-            facts = _checked_apart(facts.item, options.max_hang_s)
-        tally.add(facts)
-        on_progress("row groups", done, len(tasks))
+    tally = _tally(tasks, options, on_progress)
 
     # A shard that cannot be opened counts as many rows as the others have.
     per_shard = max(1, round(num_rows / len(shards))) if shards else 1
@@ -203,9 +194,9 @@ def check_shards(
     misfits = _misfits(shards, {each.folder for each in buckets})
     problems = opened.problems + unwritten + misfits + _index_problems(index, opened)
     encoding = shards[0].encoding if shards else None
-    is_made = folder != url and not only
     examples = [*opened.unreadable, *tally.examples][:NUM_EXAMPLES]
-    if is_made:
+    # Of a file of captions, rows and size are told as the caller has them, not by its shards.
+    if is_made := folder != url and not only:
         examples = [_in_file(each, url, shards) for each in examples]
     return CheckReport(
         folder=url,
@@ -227,6 +218,23 @@ def check_shards(
         buckets={each.folder: each.num_rows for each in buckets},
         unfinished="" if only else unfinished_in_words(filesystem, root),
     )
+
+
+def _tally(
+    tasks: Sequence[GroupTask], options: CheckOptions, on_progress: Callable[[str, int, int], None]
+) -> CheckTally:
+    """Looks at row groups, in processes of their own."""
+    tally = CheckTally(None if options.count_tokens is None else options.text_length)
+    processes = options.num_processes
+    if processes is None:
+        processes = len(os.sched_getaffinity(0))
+    found = map_in_order(check_group, tasks, processes, options.max_hang_s)
+    for done, facts in enumerate(found, start=1):
+        if isinstance(facts, Died):
+            facts = _checked_apart(facts.item, options.max_hang_s)
+        tally.add(facts)
+        on_progress("row groups", done, len(tasks))
+    return tally
 
 
 def _in_file(rejection: Rejection, url: str, shards: Sequence[_OpenShard]) -> Rejection:
