@@ -31,7 +31,7 @@ from pipelines.run.places import shared_place
 from pipelines.run.publisher import publishing
 from pipelines.run.records import RunEvent
 from pipelines.run.stop_rule import StopRule
-from pipelines.run.stopping import StopNow, StopRequests, stop_requests
+from pipelines.run.stopping import StopRequests, stop_requests
 from pipelines.run.tensorboard import open_tensorboard
 from pipelines.run.tracker import open_tracker
 from pipelines.run.working_copy import hold_place, working_copy
@@ -162,26 +162,23 @@ def _checked_distill(
         hearing_loggers(log, terminal.warning),
     ):
         events = EventLog(folder, observer)
-        try:
-            with (
-                publishing(folder.root, lease, config.recovery.storage_outage_s, events.add),
-                _errors_in(log),
-            ):
-                job = _Job(
-                    checked, folder, log, events, stops, stop_rule, resume, in_trial, service
-                )
-                return _distill(config, job)
-        except StopNow:
-            raise stopped_early(stops, config, str(folder)) from None
+        with (
+            stops.ending_in(lambda: stopped_early(stops, config, str(folder))),
+            publishing(folder.root, lease, config.recovery.storage_outage_s, events.add),
+            _errors_in(log, stops),
+        ):
+            job = _Job(checked, folder, log, events, stops, stop_rule, resume, in_trial, service)
+            return _distill(config, job)
 
 
 @contextmanager
-def _errors_in(log: RunLog) -> Iterator[None]:
+def _errors_in(log: RunLog, stops: StopRequests) -> Iterator[None]:
     """Writes the error that ends a run into its log, before that is published."""
     try:
         yield
     except Exception as error:
-        log.write("ERROR", f"{type(error).__name__}: {error}")
+        if isinstance(error, StopRequestedError) or not stops.broke_off:
+            log.write("ERROR", f"{type(error).__name__}: {error}")
         raise
 
 
@@ -354,23 +351,22 @@ def _train(run: Distillation, start: Position, job: _Job, *, may_replan: bool) -
     """Trains to the end, across failures; returns the run's summary."""
     stops = job.stops
     failure: ClusterError | None = None
-    while True:
-        try:
-            if failure is not None:
-                try:
-                    start, failure = run.recover(failure), None
-                except StartTimeoutError as error:
-                    if may_replan and not stops.received:
-                        raise _NotPlacedAgain(error) from error
+    with stops.ending_in(lambda: run.stopped_while_repairing(stops)):
+        while True:
+            try:
+                if failure is not None:
+                    try:
+                        start, failure = run.recover(failure), None
+                    except StartTimeoutError as error:
+                        if may_replan and not stops.received:
+                            raise _NotPlacedAgain(error) from error
+                        raise
+                with stops.finishing_iterations():
+                    run.train(start, job.stop_rule, stops)
+                return run.finish(stops)
+            except LOST as error:
+                if stops.received:
+                    raise run.lost_while_stopping(stops, error) from error
+                if run.has_given_up:
                     raise
-            with stops.finishing_iterations():
-                run.train(start, job.stop_rule, stops)
-            return run.finish(stops)
-        except LOST as error:
-            if stops.received:
-                raise run.lost_while_stopping(stops, error) from error
-            if run.has_given_up:
-                raise
-            failure = error
-        except StopNow:
-            raise run.stopped_while_repairing(stops) from None
+                failure = error

@@ -40,7 +40,7 @@ from pipelines.run.observer import RunObserver
 from pipelines.run.places import shared_place
 from pipelines.run.records import IterationRecord
 from pipelines.run.stop_rule import StopRule
-from pipelines.run.stopping import StopNow, StopRequests
+from pipelines.run.stopping import StopRequests
 from pipelines.run.trace import RunTrace
 from sgmd_core.errors import AlarmError, NonFiniteError, StopRequestedError
 from sgmd_core.objectives import restarts_of
@@ -185,32 +185,31 @@ class Distillation:
         """
         first, began = self._position.iteration, time.perf_counter()
         together = self._num_together(first)
-        try:
-            if problem := self._lag.measure(self._plan, first, prompts.of, stops):
-                self._observer.warning(problem)
-            if stops.received:
-                raise self._endings.stopped(stops, self._position)
-            reports = run_iterations(
-                self._groups.roles,
-                replace(self._plan, generator_rate=self._lag.rate),
-                first,
-                together,
-                prompts.of,
-                guard=self._guard,
-                stops=stops,
-            )
-            # In this process an update that is broken off would leave half of it behind.
-            for report in stops.bounded(reports, interrupts=self._is_on_ray):
-                yield self._record(report, prompts, began)
-                began = time.perf_counter()
-        except StopNow:
-            raise self._endings.gave_up(
-                stops, self._position, is_in_step=self._is_in_step
-            ) from None
-        except (NonFiniteError, AlarmError) as error:
-            may_save = self._is_in_step and self._guard.weights_are_finite
-            self.tell_last_good(error, may_save=may_save)
-            raise
+        with stops.ending_in(
+            lambda: self._endings.gave_up(stops, self._position, is_in_step=self._is_in_step)
+        ):
+            try:
+                if problem := self._lag.measure(self._plan, first, prompts.of, stops):
+                    self._observer.warning(problem)
+                if stops.received:
+                    raise self._endings.stopped(stops, self._position)
+                reports = run_iterations(
+                    self._groups.roles,
+                    replace(self._plan, generator_rate=self._lag.rate),
+                    first,
+                    together,
+                    prompts.of,
+                    guard=self._guard,
+                    stops=stops,
+                )
+                # In this process an update that is broken off would leave half of it behind.
+                for report in stops.bounded(reports, interrupts=self._is_on_ray):
+                    yield self._record(report, prompts, began)
+                    began = time.perf_counter()
+            except (NonFiniteError, AlarmError) as error:
+                may_save = self._is_in_step and self._guard.weights_are_finite
+                self.tell_last_good(error, may_save=may_save)
+                raise
 
     def recover(self, error: ClusterError) -> Position:
         """Replaces processes that are lost, and goes back to a state that both learners have.
@@ -293,10 +292,8 @@ class Distillation:
         Raises:
             StopRequestedError: A stop was asked for; the last state is saved.
         """
-        try:
+        with stops.ending_in(lambda: self._endings.while_finishing(stops)):
             return self._finish()
-        except StopNow:
-            raise self._endings.while_finishing(stops) from None
 
     def _finish(self) -> dict[str, Any]:
         self._observer.note(f"writing the generator to {shared_place(self._folder.generator)}")

@@ -45,12 +45,14 @@ class StopRequests:
 
     Attributes:
         received: Name of the signal, such as SIGTERM; empty until one has come.
+        broke_off: True once the stop has broken off what was under way.
     """
 
     def __init__(
         self, tell: Callable[[str], None] = lambda words: None, limit_s: float = 300.0
     ) -> None:
         self.received = ""
+        self.broke_off = False
         self._tell = tell
         self._limit_s = limit_s
         self._first_s = 0.0
@@ -58,6 +60,27 @@ class StopRequests:
         self._is_over = False
         self._waits = False
         self._is_late = False
+
+    @contextmanager
+    def ending_in(self, error: Callable[[], StopRequestedError]) -> Iterator[None]:
+        """Raises an error where a stop breaks off what is inside.
+
+        A library that is broken off anywhere, such as between two of torch's modes, may raise an
+        error of its own instead: that is still the stop.
+
+        Args:
+            error: Returns what to raise.
+        """
+        try:
+            yield
+        except StopRequestedError:
+            raise
+        except StopNow:
+            raise error() from None
+        except Exception as broken:
+            if not self.broke_off:
+                raise
+            raise error() from broken
 
     @contextmanager
     def finishing_iterations(self) -> Iterator[None]:
@@ -129,6 +152,7 @@ class StopRequests:
             self._tell(f"{name}: closing; once more ends the process at once")
             return
         if not self._finishes:
+            self.broke_off = True
             raise StopNow
         self._set_timer(self._limit_s)
         self._tell(
@@ -140,6 +164,7 @@ class StopRequests:
         """Handles the end of the time that an iteration has after a stop."""
         self._is_late = True
         if self._waits:
+            self.broke_off = True
             raise StopNow
 
     def _set_timer(self, seconds: float) -> None:

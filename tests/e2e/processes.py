@@ -23,5 +23,6 @@ def run_cli(*arguments: str, cwd: Path = ROOT) -> Any:
         timeout=TIMEOUT_S,
         check=False,
     )
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    said = f"{result.stdout}\n{result.stderr}\nended with {result.returncode}"
+    assert result.returncode == 0, said
     return json.loads(result.stdout)

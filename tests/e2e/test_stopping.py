@@ -193,6 +193,25 @@ def test_one_signal_that_comes_twice_is_one_and_one_before_training_ends_at_once
     assert early.received == "SIGUSR1"
 
 
+@pytest.mark.parametrize("comes", [signal.SIGTERM, None], ids=["a stop", "no stop"])
+def test_what_a_library_makes_of_a_stop_is_still_the_stop(comes: signal.Signals | None) -> None:
+    stops = StopRequests()
+
+    def broken_off() -> None:
+        """As torch does where its stack of modes is left in the middle."""
+        try:
+            if comes is not None:
+                stops.handle(comes, None)
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+
+    with pytest.raises(RuntimeError if comes is None else StopRequestedError) as caught:  # noqa: SIM117
+        with stops.ending_in(lambda: stops.error("starting", "nothing is lost", "")):
+            broken_off()
+    assert ("stopped by SIGTERM" in str(caught.value)) == (comes is not None)
+    assert stops.broke_off == (comes is not None)
+
+
 def test_a_stop_while_a_run_closes_changes_neither_its_result_nor_its_error() -> None:
     heard: list[str] = []
     stops = StopRequests(heard.append)
