@@ -29,7 +29,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test test-quick test-latest gpu-check gpu-wheels lint audit docs fmt clean
+.PHONY: help setup browser demo test test-failed test-quick test-latest gpu-check gpu-wheels lint audit docs fmt clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
@@ -70,6 +70,9 @@ demo: $(READY)  ## Distil the tiny teacher into four steps and measure it, end t
 
 test: $(READY)  ## Run all tests that need no GPU, Ray clusters and slow ones included
 	$(BIN)/python -m pytest $(SHAPES) $(JOBS) -m "not gpu" $(PYTEST_FLAGS)
+
+test-failed: $(READY)  ## Run the tests again that failed last, one at a time
+	$(BIN)/python -m pytest $(SHAPES) --last-failed --last-failed-no-failures=none -m "not gpu" $(PYTEST_FLAGS)
 
 # What starts no Ray waits for nothing, and a process more reads all tests once more.
 test-quick: TEST_JOBS = $(shell nproc 2>/dev/null || echo 2)
