@@ -1,13 +1,13 @@
 """Make a model folder of a single file: `sgmd import`.
 
 weights in the names of the original release, or of ComfyUI -> diffusers' own conversion
+weights in 8 bits and their scales                          -> the numbers, then the same
 a LoRA in the names of any program                          -> the base's weights, and its changes
 autoencoder, text encoder, tokenizer, scheduler             <- the base folder
 
 Of two experts the file's name says which one it is of; the other stays as it is in the base.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,8 +30,9 @@ from workers.models.families import family_of
 from workers.models.family import ModelFamily
 from workers.models.folder import ModelFolder
 from workers.models.lora_files import is_lora
+from workers.models.scaled_weights import FLOAT8, is_beside_weights, is_in_8_bits
 from workers.models.weight_digests import SETTINGS_FILE
-from workers.models.weights import DTYPES, SCALED_NAMES
+from workers.models.weights import DTYPES
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float32}
 
@@ -45,12 +46,14 @@ class ImportResult:
     Attributes:
         folder: Where it is.
         num_tensors: Tensors of the denoiser.
-        dtype: Type of most of them, that of the file.
+        dtype: Type of most of them: that of the file, or bf16 where that has 8 bits.
+        num_from_8_bits: Tensors that the file has in 8 bits.
     """
 
     folder: Path
     num_tensors: int
     dtype: str
+    num_from_8_bits: int
 
     def to_json(self) -> dict[str, object]:
         """Returns what `sgmd import --json` prints."""
@@ -85,9 +88,11 @@ def import_file(
         raise ConfigError(f"importing {path}", f"--components {components}", "link or copy")
     family = family_of(base_folder)
     checked = family.inspect(base_folder)
-    weights, stored = _weights(family, checked, path, strength)
+    types = _stored_types(path)
+    weights, stored = _weights(family, checked, path, types, strength)
     _require_finite(path, weights)
     weights = narrowed(weights, _DTYPES[stored], family.traits.keep_fp32)
+    in_8_bits = sum(k in FLOAT8 and not is_beside_weights(name) for name, k in types.items())
     with whole_folder_at(target, (SETTINGS_FILE, INDEX_FILE)) as draft:
         family.export(
             draft,
@@ -97,14 +102,13 @@ def import_file(
             components=components,
         )
         family.inspect(draft)
-    return ImportResult(target, len(weights), stored)
+    return ImportResult(target, len(weights), stored, in_8_bits)
 
 
 def _weights(
-    family: ModelFamily, base: ModelFolder, path: Path, strength: float
+    family: ModelFamily, base: ModelFolder, path: Path, types: Mapping[str, str], strength: float
 ) -> tuple[Mapping[str, Tensor], str]:
-    """Weights of the new denoiser, or of one expert, and the type that they are stored in."""
-    types = _stored_types(path)
+    """Weights of the new denoiser, or of one expert, and the type to write most of them in."""
     make = family.traits.exchange
     files = None if make is None else make()
     if files is None:
@@ -144,13 +148,11 @@ def _stored_types(path: Path) -> dict[str, str]:
 
 
 def _main_type(path: Path, types: Mapping[str, str]) -> str:
-    """The type of most tensors of a file of weights."""
+    """The type of most tensors of a file of weights; where those have 8 bits, that to write."""
+    if is_in_8_bits(types):
+        return "BF16"
     odd = [f"{name} in {kind}" for name, kind in types.items() if kind not in DTYPES]
-    scales = [name for name in types if re.search(SCALED_NAMES.pattern, name)]
     expected = f"weights in {', '.join(DTYPES)}"
-    if scales:
-        found = f"{scales[0]}: {SCALED_NAMES.kind}"
-        raise _refusal(path, found, expected, "Give the file of the same model in bf16 or fp16")
     if odd or not types:
         raise _refusal(path, odd[0] if odd else "no tensors", expected)
     return max(set(types.values()), key=list(types.values()).count)

@@ -114,6 +114,8 @@ def import_command(
         on_progress("converting the file", 1, 1)
     data = result.to_json()
     words = f"{data['folder']}: {result.num_tensors} tensors in {result.dtype} of {file}"
+    if result.num_from_8_bits:
+        words += f", {result.num_from_8_bits} of them from 8 bits"
     show(data, as_json, words)
 
 

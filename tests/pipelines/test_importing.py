@@ -1,5 +1,6 @@
 """A single file in original or ComfyUI names becomes a model folder with the same bits."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.helpers.tiny_wan import write_tiny_experts, write_tiny_wan
 from workers.models.content import component_digest, model_digests
 from workers.models.families import family_of
 from workers.models.wan_exchange import original_name
+from workers.models.wan_family import WAN_TRAITS
 from workers.models.weights import DIFFUSERS_STEM
 
 Weights = dict[str, Tensor]
@@ -134,19 +136,114 @@ def test_no_folder_of_something_else_is_replaced_and_components_are_checked(
         import_file(file, base, tmp_path / "new")
 
 
-@pytest.mark.parametrize("extra", ["scaled_fp8", "blocks.0.self_attn.q.scale_weight"])
-def test_weights_in_8_bits_are_refused_by_name(base, trained, tmp_path, extra: str) -> None:
-    file = single_file(trained, tmp_path / "wan.safetensors", "model.diffusion_model.")
-    scaled = {
-        name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
-        for name, value in load_file(file).items()
-    }
-    save_file(scaled, file)
-    with pytest.raises(ModelFolderError, match="F8_E4M3"):
-        import_file(file, base, tmp_path / "out")
-    save_file(scaled | {f"model.diffusion_model.{extra}": torch.ones(1)}, file)
-    with pytest.raises(ModelFolderError, match=f"{extra}: scaled weights in 8 bits.*bf16"):
-        import_file(file, base, tmp_path / "out")
+COMFYUI = "model.diffusion_model."
+
+
+def in_8_bits(trained: Path, form: str, kind: torch.dtype) -> tuple[Weights, dict[str, str]]:
+    """The layers of a denoiser quantised as ComfyUI does it: tensors, and the header's metadata."""
+    tensors: Weights = {}
+    layers = []
+    for own, value in load_file(trained / FILE).items():
+        name = COMFYUI + original_name(own)
+        if value.ndim != 2 or not name.endswith(".weight"):
+            tensors[name] = value.to(torch.bfloat16)
+            continue
+        layer = name.removesuffix(".weight")
+        most = value.abs().amax(1, keepdim=True) if form == "rows" else value.abs().amax()
+        scale = most / torch.finfo(kind).max if form != "plain" else torch.tensor(1.0)
+        tensors[name] = (value * (1.0 / scale)).to(kind)
+        layers.append(layer)
+        if form == "plain":
+            continue
+        ending = "weight_scale" if form in ("header", "markers") else "scale_weight"
+        tensors[f"{layer}.{ending}"] = scale
+        if form == "old":
+            tensors[f"{layer}.scale_input"] = torch.tensor(7.0)
+        if form == "markers":
+            words = json.dumps({"format": "float8_e4m3fn"}).encode()
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(words), dtype=torch.uint8)
+    if form in ("old", "rows"):
+        tensors[f"{COMFYUI}scaled_fp8"] = torch.zeros(2, dtype=kind)
+    formats = {layer.removeprefix(COMFYUI): {"format": "float8_e4m3fn"} for layer in layers}
+    stated = {"_quantization_metadata": json.dumps({"layers": formats})}
+    return tensors, stated if form == "header" else {}
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        ("old", torch.float8_e4m3fn),
+        ("rows", torch.float8_e5m2),
+        ("header", torch.float8_e4m3fn),
+        ("markers", torch.float8_e4m3fn),
+        ("plain", torch.float8_e4m3fn),
+    ],
+)
+def test_weights_in_8_bits_are_imported_as_their_numbers_times_their_scales_in_bf16(
+    base: Path, trained: Path, tmp_path: Path, form: str, kind: torch.dtype
+) -> None:
+    tensors, header = in_8_bits(trained, form, kind)
+    save_file(tensors, tmp_path / "wan.safetensors", header)
+    given = ["import", str(tmp_path / "wan.safetensors"), str(tmp_path / "out")]
+    said = CliRunner().invoke(app, [*given, "--base", str(base)])
+    assert said.exit_code == 0, said.output
+    made, exact = load_file(tmp_path / "out" / FILE), load_file(trained / FILE)
+    moved, numbers = 0.0, 0
+    for own, value in exact.items():
+        stored = tensors[name := COMFYUI + original_name(own)]
+        expected = stored.double()
+        if stored.dtype == kind:
+            numbers += 1
+            scales = (f"{name.removesuffix('weight')}{end}" for end in ENDINGS)
+            for scale in (tensors[each] for each in scales if each in tensors):
+                expected = expected * scale.double()
+                moved = max(moved, (stored.double() - expected).abs().max().item())
+            assert (value - expected).abs().max() < 0.2 * value.abs().max(), name
+        wide = WAN_TRAITS.keep_fp32.intersection(own.split("."))
+        expected = expected.to(torch.float32 if wide else torch.bfloat16)
+        assert made[own].dtype == expected.dtype, own
+        assert torch.equal(made[own], expected), own
+    assert numbers > 10
+    assert f"{numbers} of them from 8 bits" in " ".join(said.output.split())
+    assert moved > 100 or form == "plain"
+
+
+ENDINGS = ("scale_weight", "weight_scale")
+QUERY = f"{COMFYUI}blocks.0.self_attn.q"
+
+
+@pytest.mark.parametrize(
+    ("change", "header", "words"),
+    [
+        ({f"{QUERY}.scale_weight": torch.ones(2, 3)}, {}, r"q.scale_weight is \(2, 3\) beside"),
+        ({f"{QUERY}.scale_weight": torch.ones(32)}, {}, r"q.scale_weight is \(32,\) beside"),
+        ({f"{QUERY}.scale_weight": torch.tensor(0.0)}, {}, "q.scale_weight has 0"),
+        ({f"{QUERY}.scale_weight": None}, {}, "q.weight in F8_E4M3 without a scale"),
+        ({f"{QUERY}.weight": torch.ones(32, 32)}, {}, "q.scale_weight beside a weight in F32"),
+        ({f"{QUERY}.weight": torch.ones(32, 32).to(torch.int8)}, {}, "q.weight in I8"),
+        ({f"{QUERY}.weight_scale": torch.tensor(1.0)}, {}, "q.scale_weight and .*q.weight_scale"),
+        ({f"{QUERY}.pre_quant_scale": torch.ones(32)}, {}, "not in the network.*pre_quant_scale"),
+        ({}, {"blocks.0.self_attn.q": {"format": "nvfp4"}}, "self_attn.q in the format nvfp4"),
+        ({}, {"blocks.9.ffn.0": {"format": "float8_e4m3fn"}}, "blocks.9.ffn.0 with no weight"),
+        ({}, {"blocks.0.ffn.0": {"format": "float8_e5m2"}}, "blocks.0.ffn.0 with F8_E4M3"),
+    ],
+)
+def test_weights_in_8_bits_that_are_not_understood_are_refused_by_name(
+    base: Path,
+    trained: Path,
+    tmp_path: Path,
+    change: dict[str, Tensor | None],
+    header: dict[str, object],
+    words: str,
+) -> None:
+    tensors: dict[str, Tensor | None] = dict(in_8_bits(trained, "old", torch.float8_e4m3fn)[0])
+    tensors |= change
+    stated = {"_quantization_metadata": json.dumps({"layers": header})} if header else {}
+    whole = {name: value for name, value in tensors.items() if value is not None}
+    save_file(whole, tmp_path / "wan.safetensors", stated)
+    with pytest.raises(ModelFolderError, match=words):
+        import_file(tmp_path / "wan.safetensors", base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_lora_and_its_base_become_a_model_folder(base: Path, tmp_path: Path) -> None:

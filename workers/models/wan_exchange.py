@@ -27,6 +27,7 @@ from cluster.files import whole_file
 from workers.models.exchange import COMFYUI, LORA, ScaledLora
 from workers.models.lora_files import UNDERSCORED, lora_changes, read_lora
 from workers.models.low_rank import LowRank
+from workers.models.scaled_weights import is_beside_weights, open_scaled
 from workers.models.sharded_loading import load_sharded
 from workers.models.wan import WanVelocity, quiet_networks
 from workers.models.wan_family import LOW_NOISE, TRANSFORMER
@@ -117,17 +118,21 @@ class WanExchange:
         Raises:
             ValueError: A file has other tensors than its network, which diffusers would leave out,
                 or leave as they were drawn, or of other shapes.
+            ModelFolderError: Weights are in 8 bits in a way that is not read.
         """
         found: dict[str, Tensor] = {}
         for part, path in paths.items():
             member = self._members[part]
             own = check_component(base_folder, member.component).architecture.shapes
+            scaled = open_scaled(path)
             _require_tensors(path, own)
+            # Declared to be a path alone.
+            given: Any = str(path) if scaled is None else scaled.read()
             # All of it is read in float32, and diffusers warns that a part should be.
             with quiet_networks():
                 # Typed as if it returned nothing.
                 network: Any = WanTransformer3DModel.from_single_file(
-                    str(path),
+                    given,
                     config=str(base_folder),
                     subfolder=member.component,
                     torch_dtype=torch.float32,
@@ -237,6 +242,7 @@ def _require_tensors(path: Path, own: Mapping[str, tuple[int, ...]]) -> None:
         stored = {
             name.removeprefix(_COMFYUI_WEIGHTS): tuple(file.get_slice(name).get_shape())
             for name in file.keys()  # noqa: SIM118
+            if not is_beside_weights(name)
         }
     expected = {original_name(name): shape for name, shape in own.items()}
     if stored.keys() & (own.keys() - expected.keys()):

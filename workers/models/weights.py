@@ -49,7 +49,8 @@ class ForeignNames:
 SCALED_NAMES = ForeignNames(
     r"scaled_fp8|comfy_quant|\.(scale_weight|scale_input|weight_scale|input_scale)$",
     "scaled weights in 8 bits",
-    "Use the weights in bfloat16, float16 or float32",
+    "Give the file of a denoiser to sgmd import FILE DST --base FOLDER; of other components, use "
+    "the weights in bfloat16, float16 or float32",
 )
 """Names beside weights that are a number in 8 bits times a scale, as ComfyUI's fp8_scaled files."""
 
