@@ -65,6 +65,7 @@ def build_generator(
     phases: Phases | None = None,
     consistency: ConsistencyTerm | None = None,
     flow: MeanFlowTerm | None = None,
+    first_tracked: int | None = None,
 ) -> GeneratorLearner:
     """The generator, starting from the teacher's weights.
 
@@ -80,6 +81,8 @@ def build_generator(
         phases: Steps that each iteration trains; None: all of them in every one.
         consistency: Term on latents of the data; None without one.
         flow: Term on the strides of a flow head; None without one.
+        first_tracked: First step that rollouts for the fake score may leave at; None: as those for
+            the generator.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -90,7 +93,17 @@ def build_generator(
     network = _learning(model, settings.compute, settings.lora, seed, "generator", rolls_out=True)
     checks = FiniteChecks(raises=raises)
     return GeneratorLearner(
-        network, schedule, settings, buckets, seed, checks, looks, phases, consistency, flow
+        network,
+        schedule,
+        settings,
+        buckets,
+        seed,
+        checks,
+        looks,
+        phases,
+        consistency,
+        flow,
+        first_tracked,
     )
 
 

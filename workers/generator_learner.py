@@ -69,6 +69,8 @@ class GeneratorLearner(DiversityLearner):
         phases: Steps that each iteration trains; None: all of them in every one.
         consistency: Term on latents of the data; None without one.
         flow: Term on the strides of a flow head; None without one.
+        first_tracked: First step that rollouts for the fake score may leave at; None: as those for
+            the generator.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class GeneratorLearner(DiversityLearner):
         phases: Phases | None = None,
         consistency: ConsistencyTerm | None = None,
         flow: MeanFlowTerm | None = None,
+        first_tracked: int | None = None,
     ) -> None:
         super().__init__(consistency, flow)
         self._checks = checks or FiniteChecks()
@@ -94,6 +97,7 @@ class GeneratorLearner(DiversityLearner):
         self._looks = looks or Looks()
         self._phases = phases
         self._diversity = settings.diversity
+        self._first_tracked = first_tracked
         self._precision = DTYPES[settings.compute.precision]
         self._buckets = (
             latent_shape
@@ -373,12 +377,17 @@ class GeneratorLearner(DiversityLearner):
                 self._latent_shape(key),
                 self._schedule,
                 self._num_steps,
-                first_exit=self._diversity.first_exit,
+                first_exit=self._first_exit(key.purpose),
                 random_steps=self._random_steps,
                 phase=self.phase(key.iteration),
                 looks=self._looks if key.purpose is Purpose.GENERATE else None,
             )
         return draws_on(draws, device_of(self._network))
+
+    def _first_exit(self, purpose: Purpose) -> int:
+        if purpose is Purpose.GENERATE or self._first_tracked is None:
+            return self._diversity.first_exit
+        return self._first_tracked
 
     def _off_trajectory(self, left: RolloutExit, text: TextBatch, look: Look) -> Latents:
         """Samples from a state beside the rollout, with their graph."""

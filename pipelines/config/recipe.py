@@ -55,12 +55,12 @@ from pipelines.config.unreached import unreached_parts
 from pipelines.config.unread import unread_settings
 from pipelines.config.walk import walk_contradictions
 from sgmd_core.buckets import drawn_bucket
-from sgmd_core.objectives import adversary_of, looks_of
+from sgmd_core.objectives import adversary_of, first_exit_of, looks_of
 from sgmd_core.objectives.adversarial import AdversarialTerm
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.types import Looks
+from sgmd_core.types import Looks, Purpose
 from workers.network_settings import ComputeSettings
 from workers.settings import (
     Bucket,
@@ -203,6 +203,10 @@ class DistillConfig(Section):
     def phases(self) -> Phases | None:
         """Phases of the iterations; None where every iteration trains all steps."""
         return phases_in(self)
+
+    def first_exit(self, purpose: Purpose) -> int:
+        """First step that a rollout may leave at."""
+        return first_exit_of(self.objective, self.generator.diversity.first_exit, purpose)
 
     @property
     def gpus_beside(self) -> dict[str, float]:

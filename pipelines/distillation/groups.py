@@ -48,6 +48,7 @@ from pipelines.run.places import shared_place
 from pipelines.stages.algorithm import STAGES
 from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.objectives.meanflow import flow_of
+from sgmd_core.types import Purpose
 from workers.build import (
     build_discriminator,
     build_fake_score,
@@ -296,6 +297,7 @@ def _open(
                 config.phases,
                 consistency_of(config.objective),
                 flow_of(config.objective),
+                config.first_exit(Purpose.TRACK),
             ),
         ),
         fake_score=group(

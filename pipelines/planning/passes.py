@@ -204,5 +204,5 @@ def _rollout_length(
         if generator.random_steps is not None:
             steps = rollout_steps(config.seed, key, generator.random_steps)
         phase = None if config.phases is None else config.phases.at(iteration)
-        exits.append(exit_of(config.seed, key, steps, generator.diversity.first_exit, phase))
+        exits.append(exit_of(config.seed, key, steps, config.first_exit(purpose), phase))
     return 1 + fmean(exits, samples * (count // len(samples)))

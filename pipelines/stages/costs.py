@@ -138,12 +138,15 @@ def mean_rollouts(config: DistillConfig) -> tuple[float, float]:
     generator, phases = config.generator, config.phases
     if phases is not None:
         generate, track = (
-            phases.mean_length(purpose, config.iterations, generator.diversity.first_exit)
+            phases.mean_length(purpose, config.iterations, config.first_exit(purpose))
             for purpose in (Purpose.GENERATE, Purpose.TRACK)
         )
         return generate, track
-    mean = mean_rollout(generator.mean_steps, first_exit=generator.diversity.first_exit)
-    return mean, mean
+    generate, track = (
+        mean_rollout(generator.mean_steps, first_exit=config.first_exit(purpose))
+        for purpose in (Purpose.GENERATE, Purpose.TRACK)
+    )
+    return generate, track
 
 
 def stage_passes(

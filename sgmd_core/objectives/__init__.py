@@ -25,7 +25,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from sgmd_core.objectives.adversarial import AdversarialTerm
 from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.types import GuideAnswer, Latents, Looks, Loss, NoisedBatch
+from sgmd_core.types import GuideAnswer, Latents, Looks, Loss, NoisedBatch, Purpose
 
 
 class GradientPath(StrEnum):
@@ -147,6 +147,25 @@ class PhasingObjective(Protocol):
 def restarts_of(objective: Objective) -> tuple[int, ...]:
     """Iterations before which the fake score of an objective starts again."""
     return objective.restarts if isinstance(objective, PhasingObjective) else ()
+
+
+def first_exit_of(objective: Objective, first_exit: int, purpose: Purpose) -> int:
+    """First step that a rollout may leave at, where a loss of their own trains the steps before it.
+
+    The generator's batches leave from there on. So do those that the fake score tracks, unless the
+    method is of the family of DMD: its fake score sees what all steps make.
+
+    Args:
+        objective: Any objective.
+        first_exit: First step that the generator's batches leave at.
+        purpose: Use that is made of the rollout.
+
+    Source: the released trainer, whose video DMD draws the fake score's exit steps from the first
+    one on, and whose SGMD draws them as it draws the generator's.
+    """
+    if purpose is Purpose.GENERATE or objective.path is not GradientPath.SAMPLE:
+        return first_exit
+    return 0
 
 
 def phases_of(objective: Objective, schedule: FlowMatchSchedule, num_steps: int) -> Phases | None:

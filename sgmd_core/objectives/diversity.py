@@ -6,7 +6,8 @@
 
 Score matching alone lets samples of one caption grow alike. The teacher's path from this noise
 decides what becomes of it, so a first step that follows the path keeps what the noise decides.
-While the term is on, no rollout exits at the first step: this loss is all that trains it.
+While the term is on, no rollout that the generator learns from exits at the first step: this loss
+is all that trains it. The fake score of the DMD family still sees what the first step makes.
 
 Source: the authors' released SGMD trainer, where it is on for Wan 1.3B and off for 14B.
 """
@@ -17,7 +18,7 @@ from sgmd_core.types import Latents, Scalar, float32
 def anchor_velocity(noise: Latents, anchor: Latents, anchor_sigma: float) -> Latents:
     """Mean velocity of the teacher's path from pure noise to its anchor.
 
-        velocity = (noise - anchor) / (1 - anchor_sigma)
+        velocity = (noise - anchor) / max(1 - anchor_sigma, 1e-8)
 
     Args:
         noise: Initial noise, the state at sigma 1.
@@ -27,7 +28,7 @@ def anchor_velocity(noise: Latents, anchor: Latents, anchor_sigma: float) -> Lat
     Returns:
         Velocity in the direction of growing sigma, as networks predict it.
     """
-    return (noise - anchor) / (1 - anchor_sigma)
+    return (noise - anchor) / max(1 - anchor_sigma, 1e-8)
 
 
 def diversity_loss(velocity: Latents, target: Latents) -> Scalar:

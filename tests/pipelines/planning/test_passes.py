@@ -32,7 +32,7 @@ from pipelines.transition import make_transition
 from sgmd_core.inner_flow import inner_grid
 from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.objectives.meanflow import flow_of
-from sgmd_core.types import DataBatch, TextBatch, per_sample
+from sgmd_core.types import DataBatch, Purpose, TextBatch, per_sample
 from workers.discriminator import Discriminator
 from workers.discriminator_heads import build_heads
 from workers.fake_score_tracker import FakeScoreTracker
@@ -74,6 +74,12 @@ METHODS = {
     "sid": ("objective.method=sid", FRESH),
     "unguided": ("teacher.guidance_scale=1.0",),
     "diversity": ("generator.diversity.weight=0.1", "generator.diversity.anchor_step=3"),
+    "dmd2 diversity": (
+        "objective.method=dmd2",
+        FRESH,
+        "generator.diversity.weight=0.1",
+        "generator.diversity.anchor_step=3",
+    ),
     "four micro-batches": ("batch.micro_batches=4", FRESH),
     "adm": ("objective.method=adm",),
     "adm fresh": ("objective.method=adm", FRESH),
@@ -305,6 +311,7 @@ def counting_roles(config: DistillConfig) -> tuple[Roles, dict[str, CountingNetw
         phases=config.phases,
         consistency=consistency_of(config.objective),
         flow=flow,
+        first_tracked=config.first_exit(Purpose.TRACK),
     )
     fake_score = FakeScoreTracker(networks["fake_score"], config.objective, config.fake_score)
     judge = None
