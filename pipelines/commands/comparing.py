@@ -70,16 +70,9 @@ def _in_closed_form(
     )
     shown: list[RenderableType] = []
     for name, world in config.worlds.items():
-        head, *rows = gaussian_rows(results, name)
+        rows = gaussian_rows(results, name)
         # The names, then the distance; learning rates and counts last.
-        order = [0, 3, 4, 5, 6, 7, 1, 2]
-        elsewhere = f"{folder}/results.md"
-        table = FittingTable(
-            [head[place] for place in order],
-            [[row[place] for place in order] for row in rows],
-            num_kept=2,
-            elsewhere=elsewhere,
-        )
+        table = _in_columns(rows, [0, 3, 4, 5, 6, 7, 1, 2], num_kept=2, folder=folder)
         shown += [f"{name}: {world_words(world)}", table]
     return results.to_json(), [*shown, f"written to {folder}"]
 
@@ -111,28 +104,30 @@ def _result_words(
     """The table as far as it fits, what it does not tell apart, errors, and files."""
     from pipelines.study.tables import results_rows, setting_words
 
-    headings, *rows = results_rows(result)
+    rows = results_rows(result)
     # Names, runs and the distance first; times and counts last.
-    order = [0, 1, *range(6, len(headings)), *range(2, 6)]
-    table = FittingTable(
-        [headings[place] for place in order],
-        [[row[place] for place in order] for row in rows],
-        num_kept=3,
-        elsewhere=f"{folder}/results.md",
-    )
+    order = [0, 1, *range(6, len(rows[0])), *range(2, 6)]
     failed = [
         f"failed, {run.variant}, seed {run.seed}: {' '.join(run.error.split())}"
         for run in result.runs
         if run.error
     ]
     return [
-        table,
+        _in_columns(rows, order, num_kept=3, folder=folder),
         setting_words(result),
         *([result.note] if result.note else []),
         *failed,
         *_verdict_words(result, folder),
         f"written to {folder}: {', '.join(written)}",
     ]
+
+
+def _in_columns(
+    rows: Sequence[Sequence[str]], order: Sequence[int], *, num_kept: int, folder: str
+) -> FittingTable:
+    """A table of a study's results, headings first, with its columns in another order."""
+    head, *shown = ([row[place] for place in order] for row in rows)
+    return FittingTable(head, shown, num_kept=num_kept, elsewhere=f"{folder}/results.md")
 
 
 def _verdict_words(result: "StudyResult", folder: str) -> list[RenderableType]:

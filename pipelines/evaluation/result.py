@@ -239,17 +239,17 @@ def _judge_distance(generator: EvaluationRow, baseline: EvaluationRow) -> Criter
 
 def with_error(figure: Figure) -> str:
     """A figure and its standard error, with as many decimals as that allows."""
-    return f"{rounded(figure)} ± {figure.error:.{_decimals(figure)}f}"
+    return f"{rounded(figure)} ± {figure.error:.{decimals_for(figure.error)}f}"
 
 
 def rounded(figure: Figure) -> str:
     """A figure with as many decimals as its error allows."""
-    return f"{figure.value:.{_decimals(figure)}f}"
+    return f"{figure.value:.{decimals_for(figure.error)}f}"
 
 
-def _decimals(figure: Figure) -> int:
+def decimals_for(error: float) -> int:
     """As many decimals as give the error one figure, or two where the first is 1 or 2."""
     decimals = 2
-    while decimals < 6 and 0 < figure.error < 3 * 10.0**-decimals:
+    while decimals < 6 and 0 < error < 3 * 10.0**-decimals:
         decimals += 1
     return decimals

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from cluster.logs import is_number
-from pipelines.evaluation.result import FLOOR, GENERATOR, REFERENCE
+from pipelines.evaluation.result import FLOOR, GENERATOR, REFERENCE, decimals_for
 from pipelines.media.charts import number
 
 _SECONDS = "seconds_per_clip"
@@ -44,7 +44,7 @@ class ShownFigure:
         """The value, with as many decimals as its error allows."""
         if not self.error:
             return number(self.value)
-        return f"{self.value:.{self._decimals}f}"
+        return f"{self.value:.{decimals_for(self.error)}f}"
 
     @property
     def spread(self) -> str:
@@ -53,7 +53,7 @@ class ShownFigure:
             if self.low == self.high:
                 return ""
             return f"[{number(self.low)}, {number(self.high)}]"
-        return f"± {self.error:.{self._decimals}f}" if self.error else ""
+        return f"± {self.error:.{decimals_for(self.error)}f}" if self.error else ""
 
     @property
     def ends(self) -> tuple[float, float] | None:
@@ -63,14 +63,6 @@ class ShownFigure:
         if self.error:
             return self.value - 2 * self.error, self.value + 2 * self.error
         return None
-
-    @property
-    def _decimals(self) -> int:
-        """As many as give the error one figure, or two where the first is 1 or 2."""
-        decimals = 2
-        while decimals < 6 and 0 < (self.error or 0) < 3 * 10.0**-decimals:
-            decimals += 1
-        return decimals
 
 
 @dataclass(frozen=True, slots=True)

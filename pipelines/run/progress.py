@@ -18,7 +18,49 @@ from pipelines.run.stop_rule import StopRule
 _BAR_COLUMNS = 20  # leaves room for the counts on a terminal of 80 columns
 
 
-class LineObserver(RunObserver):
+class _Printing(RunObserver):
+    """Prints what happens beside the iterations; what has failed in red, where there are colours.
+
+    Args:
+        console: Where to.
+        stop_rule: Ends the run.
+        spent_s: Training time before.
+        soft_wrap: Leave long lines as they are.
+    """
+
+    def __init__(
+        self, console: Console, stop_rule: StopRule, spent_s: float, *, soft_wrap: bool
+    ) -> None:
+        self._console = console
+        self._soft_wrap = soft_wrap
+        self._eta = TimeLeft(stop_rule, spent_s)
+
+    def note(self, text: str) -> None:
+        """Prints it."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=self._soft_wrap)
+
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
+        """Prints its leading figures."""
+        self.note(f"validation at iteration {record.iteration}: {describe_validation(record)}")
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Prints it in red."""
+        self.warning(alarm.in_words())
+
+    def event(self, event: RunEvent) -> None:
+        """Prints it, in red where something has failed."""
+        (self.note if event.kind in GOOD_NEWS else self.warning)(event.in_words())
+
+    def warning(self, text: str) -> None:
+        """Prints it in red."""
+        self._console.print(Text(text, style="bold red"), soft_wrap=self._soft_wrap)
+
+    def said(self, said: Said) -> None:
+        """Prints it with its place, such as `[fake_score 1 @120]`."""
+        self.warning(said.line)
+
+
+class LineObserver(_Printing):
     """Plain lines, for logs and pipes.
 
     Args:
@@ -31,16 +73,11 @@ class LineObserver(RunObserver):
     def __init__(
         self, console: Console, stop_rule: StopRule, spent_s: float = 0.0, every_s: float = 5.0
     ) -> None:
-        self._console = console
+        super().__init__(console, stop_rule, spent_s, soft_wrap=True)
         self._last = stop_rule.num_iterations
         self._of = f"/{self._last}" if stop_rule.max_seconds is None else ""
         self._every_s = every_s
-        self._eta = TimeLeft(stop_rule, spent_s)
         self._last_s = float("-inf")
-
-    def note(self, text: str) -> None:
-        """Prints it."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def iteration(self, record: IterationRecord) -> None:
         """Prints it, unless a line came just before."""
@@ -51,26 +88,6 @@ class LineObserver(RunObserver):
             return
         self._last_s = now
         self.note(f"iteration {done}{self._of}  {describe(record)}  {left} left")
-
-    def validation(self, record: ValidationRecord, samples: Path) -> None:
-        """Prints it."""
-        self.note(f"validation at iteration {record.iteration}: {describe_validation(record)}")
-
-    def alarm(self, alarm: Alarm) -> None:
-        """Prints it in red, where there are colours."""
-        self.warning(alarm.in_words())
-
-    def event(self, event: RunEvent) -> None:
-        """Prints it, in red where something has failed."""
-        (self.note if event.kind in GOOD_NEWS else self.warning)(event.in_words())
-
-    def warning(self, text: str) -> None:
-        """Prints it in red, where there are colours."""
-        self._console.print(Text(text, style="bold red"), soft_wrap=True)
-
-    def said(self, said: Said) -> None:
-        """Prints it with its place, such as `[fake_score 1 @120]`."""
-        self.warning(said.line)
 
 
 class BarAndFigures(Progress):
@@ -83,8 +100,8 @@ class BarAndFigures(Progress):
             yield Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
 
 
-class LiveObserver(RunObserver):
-    """A progress bar with the latest figures under it; notes scroll by above.
+class LiveObserver(_Printing):
+    """A progress bar with the latest figures under it; all else scrolls by above.
 
     The bar counts iterations, or seconds where the clock ends the run.
 
@@ -95,9 +112,9 @@ class LiveObserver(RunObserver):
     """
 
     def __init__(self, progress: Progress, stop_rule: StopRule, spent_s: float = 0.0) -> None:
+        super().__init__(progress.console, stop_rule, spent_s, soft_wrap=False)
         self._progress = progress
         self._by_clock = stop_rule.max_seconds is not None
-        self._eta = TimeLeft(stop_rule, spent_s)
         self._task = progress.add_task(
             "distill, seconds" if self._by_clock else "distill",
             total=stop_rule.max_seconds if self._by_clock else stop_rule.num_iterations,
@@ -105,36 +122,12 @@ class LiveObserver(RunObserver):
             left="",
         )
 
-    def note(self, text: str) -> None:
-        """Prints it above the bar."""
-        self._progress.console.print(text, highlight=False, markup=False)
-
     def iteration(self, record: IterationRecord) -> None:
         """Moves the bar."""
         left, done = self._eta.after(record), record.iteration + 1
         figures = f"  iteration {done}  {describe(record)}"
         completed = self._eta.spent_s if self._by_clock else done
         self._progress.update(self._task, completed=completed, figures=figures, left=f"{left} left")
-
-    def validation(self, record: ValidationRecord, samples: Path) -> None:
-        """Prints it above the bar."""
-        self.note(f"validation at iteration {record.iteration}: {describe_validation(record)}")
-
-    def alarm(self, alarm: Alarm) -> None:
-        """Prints it above the bar."""
-        self.warning(alarm.in_words())
-
-    def event(self, event: RunEvent) -> None:
-        """Prints it above the bar, in red where something has failed."""
-        (self.note if event.kind in GOOD_NEWS else self.warning)(event.in_words())
-
-    def warning(self, text: str) -> None:
-        """Prints it above the bar, in red."""
-        self._progress.console.print(Text(text, style="bold red"))
-
-    def said(self, said: Said) -> None:
-        """Prints it above the bar with its place, such as `[fake_score 1 @120]`."""
-        self.warning(said.line)
 
 
 class TimeLeft:

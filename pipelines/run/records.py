@@ -80,12 +80,27 @@ class IterationRecord:
         return {name: self.losses[name] for name in leading_losses() if name in self.losses}
 
     @property
-    def figures_of_bucket(self) -> dict[str, float]:
-        """Leading losses and seconds under the name of this size, where there are several."""
-        if not self.bucket:
-            return {}
-        found = {**self.headline_losses, "seconds": self.seconds_total}
-        return {f"buckets/{self.bucket}/{name}": value for name, value in found.items()}
+    def curves(self) -> dict[str, float]:
+        """Figures that trackers draw over iterations, under the names of metrics.jsonl.
+
+        Of several sizes of clips, each has leading losses and seconds of its own besides.
+        """
+        groups = {
+            "losses": self.losses,
+            "grad_norms": self.grad_norms,
+            "seconds": {**self.seconds, "total": self.seconds_total},
+            "lag": self.lag,
+            "learning_rates": self.learning_rates,
+        }
+        if self.bucket:
+            of_size = {**self.headline_losses, "seconds": self.seconds_total}
+            groups[f"buckets/{self.bucket}"] = of_size
+        found = {"samples_seen": self.samples_seen, "epoch": self.epoch}
+        return found | {
+            f"{group}/{name}": value
+            for group, figures in groups.items()
+            for name, value in figures.items()
+        }
 
     def to_json(self) -> dict[str, Any]:
         """As metrics.jsonl holds it."""

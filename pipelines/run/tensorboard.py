@@ -43,23 +43,12 @@ class TensorBoardObserver(RunObserver):
         self._last_step: int | None = None
 
     def iteration(self, record: IterationRecord) -> None:
-        """Writes losses, gradient norms, rates, seconds and lag under the names of metrics.jsonl.
-
-        Of several sizes of clips, each has curves of its own besides.
-        """
+        """Writes its curves, and how long it waited for captions."""
         step = record.iteration + 1
         if self._last_step is None or step <= self._last_step:
             self._begin_at(step)
         self._last_step = step
-        figures = {"seconds/total": record.seconds_total, "seconds/data_wait": record.data_wait_s}
-        figures |= {"samples_seen": record.samples_seen, "epoch": record.epoch}
-        figures |= {f"losses/{name}": value for name, value in record.losses.items()}
-        figures |= {f"grad_norms/{name}": value for name, value in record.grad_norms.items()}
-        figures |= {f"seconds/{name}": value for name, value in record.seconds.items()}
-        figures |= {f"lag/{name}": value for name, value in record.lag.items()}
-        figures |= {f"learning_rates/{role}": rate for role, rate in record.learning_rates.items()}
-        figures |= record.figures_of_bucket
-        for name, value in figures.items():
+        for name, value in {"seconds/data_wait": record.data_wait_s, **record.curves}.items():
             self._figures.add_scalar(name, value, step)
 
     def validation(self, record: ValidationRecord, samples: Path) -> None:

@@ -32,20 +32,8 @@ class WandbObserver(RunObserver):
         self._lost_s = 0.0
 
     def iteration(self, record: IterationRecord) -> None:
-        """Logs losses, gradient norms, rates, seconds and lag under the names of metrics.jsonl.
-
-        Of several sizes of clips, each has curves of its own besides.
-        """
-        figures: dict[str, float] = {"iteration": record.iteration + 1}
-        figures |= {"samples_seen": record.samples_seen, "epoch": record.epoch}
-        figures |= {f"losses/{name}": value for name, value in record.losses.items()}
-        figures |= {f"grad_norms/{name}": value for name, value in record.grad_norms.items()}
-        figures |= {f"seconds/{name}": value for name, value in record.seconds.items()}
-        figures |= {f"lag/{name}": value for name, value in record.lag.items()}
-        figures |= {f"learning_rates/{role}": rate for role, rate in record.learning_rates.items()}
-        figures["seconds/total"] = record.seconds_total
-        figures |= record.figures_of_bucket
-        self._run.log(figures)
+        """Logs its curves."""
+        self._run.log({"iteration": record.iteration + 1, **record.curves})
 
     def validation(self, record: ValidationRecord, samples: Path) -> None:
         """Logs the figures, the contact sheet, and the same clips moving."""

@@ -65,8 +65,6 @@ def results_markdown(result: StudyResult) -> str:
     """The table of variants, and under it what went wrong."""
     head, *rows = results_rows(result)
     rows = [[f"**{row[0]}**" if row[0] in result.variants else row[0], *row[1:]] for row in rows]
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
     failed = [
         f"* **{run.variant}, seed {run.seed}** failed: {' '.join(run.error.split())}"
         for run in result.runs
@@ -74,7 +72,8 @@ def results_markdown(result: StudyResult) -> str:
     ]
     below = [*([result.note] if result.note else []), *failed]
     told = setting_words(result)
-    table = "\n".join([told, "", *lines, *([""] if below else []), *below]) + "\n"
+    table = markdown_table(head, rows)
+    table = "\n".join([told, "", table, *([""] if below else []), *below]) + "\n"
     return table + _hypotheses_markdown(result)
 
 
@@ -83,8 +82,16 @@ def _hypotheses_markdown(result: StudyResult) -> str:
     if not result.verdicts:
         return ""
     head, *rows = verdict_rows(result.verdicts)
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(["", "## Hypotheses", "", record_words(result.record), "", *lines]) + "\n"
+    table = markdown_table(head, rows, of_figures=False)
+    return "\n".join(["", "## Hypotheses", "", record_words(result.record), "", table]) + "\n"
+
+
+def markdown_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, of_figures: bool = True
+) -> str:
+    """A table in Markdown; figures after the first column stand to the right."""
+    rule = ["---", *["---:" if of_figures else "---"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 def results_rows(result: StudyResult) -> list[list[str]]:
@@ -121,7 +128,7 @@ def results_csv(result: StudyResult) -> str:
             rows.append((run.variant, run.seed, *place, int(point is run.end), *values, run.error))
         if not run.points:
             rows.append((run.variant, run.seed, "", "", "", 0, *("" for _ in figures), run.error))
-    return _csv(rows)
+    return csv_table(rows)
 
 
 def cost_csv(result: StudyResult) -> str:
@@ -130,7 +137,7 @@ def cost_csv(result: StudyResult) -> str:
     for variant in result.variants:
         for name, seconds in stage_costs(result, variant).items():
             rows.append((variant, role_of(name), name.partition(".")[2], f"{seconds:.5f}"))
-    return _csv(rows)
+    return csv_table(rows)
 
 
 def stage_costs(result: StudyResult, variant: str) -> dict[str, float]:
@@ -180,7 +187,8 @@ def _listed(seeds: Sequence[int]) -> str:
     return ", ".join(str(seed) for seed in seeds)
 
 
-def _csv(rows: Sequence[Sequence[object]]) -> str:
+def csv_table(rows: Sequence[Sequence[object]]) -> str:
+    """A table in CSV."""
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
     return table.getvalue()

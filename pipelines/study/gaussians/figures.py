@@ -25,8 +25,8 @@ from pipelines.media.plot_files import (
 )
 from pipelines.study.gaussians.distilling import mixture_of
 from pipelines.study.gaussians.measuring import ENERGY, Truth
-from pipelines.study.gaussians.results import mean_and_deviation
 from pipelines.study.gaussians.tables import GaussianResults
+from pipelines.study.results import spread
 
 _PANEL, _GAP, _COLUMNS = 170, 14, 4
 _TRUTH_POINTS = 400
@@ -49,10 +49,8 @@ def energy_plot(results: GaussianResults, world: str) -> str:
     """Energy distance along the runs; the rule is the distance of two sets of the truth."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for cell in results.of(world):
-        means = [
-            (point.forwards, mean_and_deviation(point.figures[ENERGY])[0]) for point in cell.points
-        ]
-        curves[cell.variant] = [(x, y) for x, y in means if math.isfinite(y) and y > 0]
+        means = [(point.forwards, spread(point.figures[ENERGY])) for point in cell.points]
+        curves[cell.variant] = [(x, y.mean) for x, y in means if y is not None and y.mean > 0]
     shown = [point for curve in curves.values() for point in curve]
     if not shown:
         return svg_file(f"{world}: no variant stayed finite", [])

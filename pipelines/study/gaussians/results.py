@@ -6,7 +6,6 @@ All variants saw the same draws and the same truth, so they are compared seed by
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import fmean, stdev
 from typing import Any, Self
 
 from pipelines.study.gaussians.measuring import ENERGY
@@ -79,14 +78,6 @@ class CellResult:
         }
         rates = tuple(stored["rates"])
         return cls(**{**stored, "points": points, "search": search, "rates": rates})
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation of the finite values; NaN without any."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return math.nan, math.nan
-    return fmean(finite), stdev(finite) if len(finite) > 1 else math.nan
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:

@@ -1,7 +1,5 @@
 """Tables of the study in closed-form worlds: one a world for readers, one a seed for programs."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +8,9 @@ from typing import Any
 
 from pipelines.config.gaussian_study import GaussianStudyConfig, MixtureSettings
 from pipelines.study.gaussians.measuring import ENERGY, FIGURES, LOST_MODES, ON_MODE, SPREAD
-from pipelines.study.gaussians.results import CellResult, mean_and_deviation
+from pipelines.study.gaussians.results import CellResult
+from pipelines.study.results import spread
+from pipelines.study.tables import csv_table, markdown_table, plus_minus
 from sgmd_core.metrics.paired import mean_difference, paired_differences
 
 _HEADINGS = (
@@ -82,9 +82,7 @@ def gaussian_markdown(results: GaussianResults) -> str:
     ]
     for name, world in config.worlds.items():
         head, *rows = gaussian_rows(results, name)
-        rule = ["---"] + ["---:"] * (len(head) - 1)
-        lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
-        parts.append(f"## {name}\n\n{world_words(world)}\n\n" + "\n".join(lines) + "\n")
+        parts.append(f"## {name}\n\n{world_words(world)}\n\n{markdown_table(head, rows)}\n")
     return "\n".join(parts)
 
 
@@ -101,16 +99,14 @@ def world_words(world: MixtureSettings) -> str:
 
 def gaussian_csv(results: GaussianResults) -> str:
     """One row a world, variant, measured place and seed."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["world", "variant", "seed", "iteration", "forwards", *FIGURES])
+    rows: list[Sequence[object]] = [("world", "variant", "seed", "iteration", "forwards", *FIGURES)]
     for cell in results.cells:
         for point in cell.points:
             for seed in range(results.config.num_seeds):
-                values = [point.figures[name][seed] for name in FIGURES]
-                place = [cell.world, cell.variant, seed, point.iteration, f"{point.forwards:g}"]
-                writer.writerow([*place, *(f"{value:.6g}" for value in values)])
-    return table.getvalue()
+                values = (f"{point.figures[name][seed]:.6g}" for name in FIGURES)
+                forwards = f"{point.forwards:g}"
+                rows.append((cell.world, cell.variant, seed, point.iteration, forwards, *values))
+    return csv_table(rows)
 
 
 def _cells(figures: Mapping[str, Sequence[float]], against: str) -> list[str]:
@@ -131,12 +127,8 @@ def _median(values: Sequence[float], decimals: int) -> str:
 
 
 def _mean(values: Sequence[float], decimals: int) -> str:
-    mean, deviation = mean_and_deviation(values)
-    if not math.isfinite(mean):
-        return "not finite"
-    return f"{mean:.{decimals}f}" + (
-        f" ± {deviation:.{decimals}f}" if math.isfinite(deviation) else ""
-    )
+    found = spread(values)
+    return "not finite" if found is None else plus_minus(found, decimals)
 
 
 def _difference(cell: CellResult, baseline: CellResult) -> str:
