@@ -5,10 +5,13 @@ weights in 8 bits and their scales                          -> the numbers, then
 a LoRA in the names of any program                          -> the base's weights, and its changes
 autoencoder, text encoder, tokenizer, scheduler             <- the base folder
 
+A LoRA that says how to sample (`sgmd.json` beside it) gets a scheduler for that; one that does not
+leaves the base's settings, few steps included, as they are.
+
 Of two experts the file's name says which one it is of; the other stays as it is in the base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,14 +21,19 @@ from torch import Tensor
 
 from cluster.files import kind_of_path
 from cluster.folders import whole_folder_at
+from pipelines.exporting.sampled import LoraSource, settings_of_loras
 from pipelines.exporting.target import require_safe_target
-from pipelines.media.inference import read_inference_settings
+from pipelines.media.inference import (
+    read_inference_settings,
+    scheduler_of,
+    write_inference_settings,
+)
 from pipelines.run.generator_folder import model_folder
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.configs import INDEX_FILE
 from workers.models.exchange import ScaledLora, part_by_name
-from workers.models.exporting import Components, narrowed
+from workers.models.exporting import Components, narrowed_one
 from workers.models.families import family_of
 from workers.models.family import ModelFamily
 from workers.models.folder import ModelFolder
@@ -48,12 +56,18 @@ class ImportResult:
         num_tensors: Tensors of the denoiser.
         dtype: Type of most of them: that of the file, or bf16 where that has 8 bits.
         num_from_8_bits: Tensors that the file has in 8 bits.
+        scheduler: Class of the scheduler, with which diffusers samples the folder.
+        is_scheduler_of_base: Whether it is the base's, with all of its settings.
+        flow_shift: Its shift of the noise levels.
     """
 
     folder: Path
     num_tensors: int
     dtype: str
     num_from_8_bits: int
+    scheduler: str
+    is_scheduler_of_base: bool
+    flow_shift: float
 
     def to_json(self) -> dict[str, object]:
         """Returns what `sgmd import --json` prints."""
@@ -89,20 +103,27 @@ def import_file(
     family = family_of(base_folder)
     checked = family.inspect(base_folder)
     types = _stored_types(path)
+    loras = [LoraSource(path, strength)] if is_lora(types) else []
+    stated = settings_of_loras(base_folder, loras)
+    settings = stated or read_inference_settings(base_folder)
+    keeps = stated is None and scheduler_of(base_folder) is not None
     weights, stored = _weights(family, checked, path, types, strength)
-    _require_finite(path, weights)
-    weights = narrowed(weights, _DTYPES[stored], family.traits.keep_fp32)
+    weights = _finite_and_narrowed(path, weights, _DTYPES[stored], family.traits.keep_fp32)
     in_8_bits = sum(k in FLOAT8 and not is_beside_weights(name) for name, k in types.items())
     with whole_folder_at(target, (SETTINGS_FILE, INDEX_FILE)) as draft:
         family.export(
             draft,
             base_folder,
             weights,
-            flow_shift=read_inference_settings(base_folder).flow_shift,
+            flow_shift=None if keeps else settings.flow_shift,
             components=components,
         )
+        if loras and (stated is not None or (base_folder / SETTINGS_FILE).is_file()):
+            write_inference_settings(draft, settings)
         family.inspect(draft)
-    return ImportResult(target, len(weights), stored, in_8_bits)
+        scheduler = scheduler_of(draft) or "none"
+        shift = read_inference_settings(draft).flow_shift
+    return ImportResult(target, len(weights), stored, in_8_bits, scheduler, keeps, shift)
 
 
 def _weights(
@@ -158,10 +179,16 @@ def _main_type(path: Path, types: Mapping[str, str]) -> str:
     return max(set(types.values()), key=list(types.values()).count)
 
 
-def _require_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
-    for name, value in weights.items():
-        if not torch.isfinite(value).all():
-            raise _refusal(path, f"NaN or infinity in {name}", "finite weights")
+def _finite_and_narrowed(
+    path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, kept: Collection[str]
+) -> dict[str, Tensor]:
+    """Weights in the type of the file; each is asked for once, since that merges its changes."""
+    found: dict[str, Tensor] = {}
+    for name in weights:
+        found[name] = narrowed_one(name, weights[name], dtype, kept)
+        if not torch.isfinite(found[name]).all():
+            raise _refusal(path, f"NaN or infinity in {name}, in {dtype}", "finite weights")
+    return found
 
 
 def _refusal(path: Path, found: str, expected: str, remedy: str = _REMEDY) -> ModelFolderError:

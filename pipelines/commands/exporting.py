@@ -116,6 +116,8 @@ def import_command(
     words = f"{data['folder']}: {result.num_tensors} tensors in {result.dtype} of {file}"
     if result.num_from_8_bits:
         words += f", {result.num_from_8_bits} of them from 8 bits"
+    whose = "the base's" if result.is_scheduler_of_base else "our"
+    words += f"; {whose} {result.scheduler} with flow shift {result.flow_shift:g}"
     show(data, as_json, words)
 
 

@@ -13,6 +13,7 @@ from pipelines.exporting.export import ExportOptions, export
 from pipelines.media.inference import (
     InferenceSettings,
     read_inference_settings,
+    scheduler_of,
     write_inference_settings,
 )
 from pipelines.run.generator_folder import model_folder
@@ -106,21 +107,29 @@ def _merge(base: Path, loras: Sequence[LoraSource], folder: Path) -> None:
         )
     exchange = family.traits.exchange()
     scaled = [ScaledLora(_files(each.place, exchange.parts), each.strength) for each in loras]
-    settings = _settings(base, loras)
+    stated = settings_of_loras(base, loras)
+    settings = stated or read_inference_settings(base)
     require_same_weights(base)
     weights = exchange.merge_loras(scaled, base)
-    family.export(folder, base, weights, flow_shift=settings.flow_shift, components="link")
+    keeps = stated is None and scheduler_of(base) is not None
+    shift = None if keeps else settings.flow_shift
+    family.export(folder, base, weights, flow_shift=shift, components="link")
     write_inference_settings(folder, settings)
 
 
-def _settings(base: Path, loras: Sequence[LoraSource]) -> InferenceSettings:
-    """Sampling settings of the merged model: those of the LoRA, or of the base."""
+def settings_of_loras(base: Path, loras: Sequence[LoraSource]) -> InferenceSettings | None:
+    """Sampling settings that a LoRA brings for a base, or None where it is sampled as before.
+
+    Raises:
+        ConfigError: Two of them bring some.
+        ModelFolderError: They cannot be read, or are of other weights than lie beside them.
+    """
     settings = read_inference_settings(base)
     places = {each.place if each.place.is_dir() else each.place.parent for each in loras}
     stating = sorted(place for place in places if (place / SETTINGS_FILE).is_file())
     if len(stating) > 1:
         raise ConfigError(
-            f"sampling {base} with LoRAs",
+            f"merging LoRAs into {base}",
             f"{SETTINGS_FILE} in {stating[0]} and in {stating[1]}",
             "one of them, which says how to sample",
             "Give the others as copies without it",
@@ -137,7 +146,7 @@ def _settings(base: Path, loras: Sequence[LoraSource]) -> InferenceSettings:
                 "sampling settings as `sgmd export` writes them",
                 "Delete the file to sample as the base is sampled",
             ) from error
-    return settings
+    return settings if stating else None
 
 
 def _files(lora: Path, parts: Sequence[str]) -> dict[str, Path]:

@@ -106,6 +106,16 @@ def read_inference_settings(folder: Path) -> InferenceSettings:
         ) from error
 
 
+def scheduler_of(folder: Path) -> str | None:
+    """Class of the scheduler that a diffusers folder has, or None if it has none.
+
+    Raises:
+        ModelFolderError: Its file cannot be read.
+    """
+    scheduler = _read_if_there(folder / _SCHEDULER_FILE)
+    return str(scheduler.get("_class_name", "")) if scheduler else None
+
+
 def write_inference_settings(folder: Path, settings: InferenceSettings) -> None:
     """Writes `sgmd.json` into a diffusers folder, with the digests of its weights."""
     write_model_settings(folder, settings.written)

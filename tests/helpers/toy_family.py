@@ -332,7 +332,7 @@ class ToyFamily:
         base_folder: Path,
         weights: Mapping[str, Tensor],
         *,
-        flow_shift: float,
+        flow_shift: float | None,
         components: Components = "copy",
     ) -> None:
         # The shift is in sgmd.json, which every export gets.

@@ -1,6 +1,7 @@
 """A single file in original or ComfyUI names becomes a model folder with the same bits."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,16 +12,20 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.importing import import_file
+from pipelines.importing import _finite_and_narrowed, import_file
+from pipelines.media.inference import read_inference_settings, write_inference_settings
 from sgmd_core.errors import ConfigError, ModelFolderError
 from tests.helpers.tiny_wan import write_tiny_experts, write_tiny_wan
 from workers.models.content import component_digest, model_digests
 from workers.models.families import family_of
 from workers.models.wan_exchange import original_name
 from workers.models.wan_family import WAN_TRAITS
+from workers.models.weight_changes import ChangedWeights, Product
+from workers.models.weight_digests import SETTINGS_FILE
 from workers.models.weights import DIFFUSERS_STEM
 
 Weights = dict[str, Tensor]
+SCHEDULER = Path("scheduler") / "scheduler_config.json"
 FILE = Path("transformer") / f"{DIFFUSERS_STEM}.safetensors"
 
 
@@ -58,6 +63,22 @@ def test_a_file_of_other_names_has_the_bits_of_the_folder_it_came_from(
     assert made["transformer"] != others["transformer"]
     assert all(made[name] == others[name] for name in ("vae", "text_encoder", "tokenizer"))
     assert family_of(tmp_path / "out").load_denoiser(tmp_path / "out")
+    # Its solver and its shift are the base's.
+    for name in (SCHEDULER, Path("model_index.json")):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    words = "the base's FlowMatchEulerDiscreteScheduler with flow shift 5"
+    assert words in " ".join(said.output.split())
+
+
+def test_a_base_without_a_scheduler_gets_one_and_the_import_says_so(
+    base: Path, trained: Path, tmp_path: Path
+) -> None:
+    bare = shutil.copytree(base, tmp_path / "bare", ignore=lambda *_: ["scheduler"])
+    file = single_file(trained, tmp_path / "wan.safetensors")
+    made = import_file(file, bare, tmp_path / "out")
+    assert made.scheduler == "UniPCMultistepScheduler"
+    assert not made.is_scheduler_of_base
+    assert read_inference_settings(made.folder).flow_shift == made.flow_shift == 1
 
 
 def test_the_type_of_the_file_is_kept(base: Path, trained: Path, tmp_path: Path) -> None:
@@ -265,8 +286,45 @@ def test_a_lora_and_its_base_become_a_model_folder(base: Path, tmp_path: Path) -
     others = before.keys() - {f"{name}.weight"}
     assert all(torch.equal(after[other], before[other]) for other in others)
     assert family_of(tmp_path / "out").load_denoiser(tmp_path / "out")
+    assert (tmp_path / "out" / SCHEDULER).read_bytes() == (base / SCHEDULER).read_bytes()
+    assert not (tmp_path / "out" / SETTINGS_FILE).exists()
+    # Few steps of the base hold for the merged model, too, and those of the LoRA come first.
+    few = read_inference_settings(base).model_copy(update={"num_steps": 4, "flow_shift": 3.0})
+    few_step = shutil.copytree(base, tmp_path / "few")
+    write_inference_settings(few_step, few)
+    made = import_file(file, few_step, tmp_path / "x")
+    assert made.is_scheduler_of_base
+    assert read_inference_settings(made.folder) == few
+    (file.parent / SETTINGS_FILE).write_text('{"num_steps": 2, "flow_shift": 8}')
+    made = import_file(file, few_step, tmp_path / "x")
+    assert (made.scheduler, made.flow_shift) == ("UniPCMultistepScheduler", 8)
+    assert read_inference_settings(made.folder).num_steps == 2
+    (file.parent / SETTINGS_FILE).unlink()
     with pytest.raises(ConfigError, match="a strength of 2 for a file of weights"):
         import_file(single_file(base, file), base, tmp_path / "x", strength=2.0)
+
+
+def test_a_weight_is_merged_once_and_a_change_beyond_the_files_type_is_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    class Counted(Product):
+        def values(self, device: torch.device) -> Tensor:
+            asked.append("blocks.0.attn1.to_q.weight")
+            return super().values(device)
+
+    weights = load_file(base / FILE)
+    change = Counted(torch.ones(32, 1), torch.ones(1, 32))
+    merged = ChangedWeights(weights, {"blocks.0.attn1.to_q.weight": [change]})
+    made = _finite_and_narrowed(tmp_path, merged, torch.bfloat16, ())
+    assert asked == ["blocks.0.attn1.to_q.weight"]
+    expected = (weights[asked[0]] + 1).to(torch.bfloat16)
+    assert torch.equal(made[asked[0]], expected)
+    huge = ChangedWeights(weights, {asked[0]: [Counted(change.up, change.down, 1e5)]})
+    assert _finite_and_narrowed(tmp_path, huge, torch.float32, ())
+    with pytest.raises(ModelFolderError, match=r"to_q.weight, in torch.float16"):
+        _finite_and_narrowed(tmp_path, huge, torch.float16, ())
 
 
 def test_the_two_files_of_experts_are_imported_one_after_the_other(

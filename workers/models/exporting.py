@@ -1,6 +1,7 @@
 """Write what training has not changed, and narrow what it has.
 
 copy_components     text encoder, autoencoder, tokenizer: linked or copied from the base folder
+place_scheduler     a scheduler of our own, or the base's
 narrowed            weights in the type of a file, but for those that stay in float32
 kept_in_fp32        those, as a network's own classes name them
 """
@@ -11,13 +12,16 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from workers.models.folder import FolderLayout
 from workers.models.weights import find_weights, lacks_weights
+
+SCHEDULER = "scheduler"
+"""Component that steps over the noise levels."""
 
 Components = Literal["link", "copy", "none"]
 DTYPES: Mapping[str, torch.dtype] = {
@@ -70,6 +74,30 @@ def copy_components(
             ignore=lambda _, __, names=left_out: names,
             copy_function=copy,
         )
+
+
+def place_scheduler(
+    base: Path,
+    dst: Path,
+    layout: FolderLayout,
+    own: Any | None,  # noqa: ANN401  (a class for each model)
+) -> dict[str, list[str]]:
+    """Write a scheduler of diffusers, or copy that of the base folder.
+
+    Args:
+        base: Model folder.
+        dst: New folder.
+        layout: Components of both.
+        own: The scheduler; None: the base's.
+
+    Returns:
+        What changes in the folder's index.
+    """
+    if own is None:
+        copy_components(base, dst, layout, (SCHEDULER,))
+        return {}
+    own.save_pretrained(dst / SCHEDULER)
+    return {SCHEDULER: ["diffusers", type(own).__name__]}
 
 
 def narrowed(

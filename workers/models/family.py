@@ -392,7 +392,7 @@ class ModelFamily(Protocol):
         base_folder: Path,
         weights: Mapping[str, Tensor],
         *,
-        flow_shift: float,
+        flow_shift: float | None,
         components: Components = "copy",
     ) -> None:
         """Write a model folder: a new denoiser beside the other components of a base folder.
@@ -401,7 +401,8 @@ class ModelFamily(Protocol):
             dst: Folder to write; an existing one is replaced whole.
             base_folder: Source of the other components and of the denoiser's configuration.
             weights: Parameters of the `Denoiser` by name, written in the types that they have.
-            flow_shift: Shift of the noise levels that the folder is sampled with.
+            flow_shift: Shift of the noise levels that the folder is sampled with, by a scheduler
+                of its own; None: by the base's scheduler, which is there.
             components: Whether the other components are linked or copied.
         """
         ...

@@ -27,7 +27,7 @@ from workers.models.architecture import (
     check_network,
 )
 from workers.models.configs import INDEX_FILE, read_model_json
-from workers.models.exporting import Components, copy_components
+from workers.models.exporting import Components, copy_components, place_scheduler
 from workers.models.family import Denoiser
 from workers.models.folder import ClipGeometry
 from workers.models.loading import load_network
@@ -215,7 +215,7 @@ def save_ltx_generator(
     dst: Path,
     base: Path,
     weights: Mapping[str, Tensor],
-    flow_shift: float,
+    flow_shift: float | None,
     components: Components = "copy",
 ) -> None:
     """Write a folder with a new denoiser; see `ModelFamily.export`."""
@@ -226,12 +226,11 @@ def save_ltx_generator(
     denoiser = LtxVelocity(network, geometry)
     denoiser.load_state_dict(dict(weights), assign=True)
     # LTXPipeline hands this scheduler equal steps, which it shifts: the grid of the training.
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=flow_shift)
+    own = None if flow_shift is None else FlowMatchEulerDiscreteScheduler(shift=flow_shift)
     index = read_model_json(base / INDEX_FILE)
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
     with whole_folder(dst) as draft:
         copy_components(base, draft, LAYOUT, (TOKENIZER, VAE, TEXT_ENCODER), components)
-        scheduler.save_pretrained(draft / "scheduler")
+        index |= place_scheduler(base, draft, LAYOUT, own)
         (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
         network.save_pretrained(draft / TRANSFORMER)
 

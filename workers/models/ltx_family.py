@@ -267,7 +267,7 @@ class LtxFamily:
         base_folder: Path,
         weights: Mapping[str, Tensor],
         *,
-        flow_shift: float,
+        flow_shift: float | None,
         components: Components = "copy",
     ) -> None:
         """Write a folder that LTXPipeline loads."""

@@ -29,7 +29,7 @@ from sgmd_core.phases import Expert
 from workers.attention import KERNELS, AttentionName
 from workers.models.configs import INDEX_FILE, read_model_json
 from workers.models.experts import ExpertDenoiser
-from workers.models.exporting import Components, copy_components
+from workers.models.exporting import Components, copy_components, place_scheduler
 from workers.models.family import Denoiser
 from workers.models.folder import ClipGeometry, FolderLayout
 from workers.models.loading import load_network
@@ -346,7 +346,7 @@ def save_generator_pipeline(
     base_folder: str | Path,
     weights: Mapping[str, Tensor],
     *,
-    flow_shift: float,
+    flow_shift: float | None,
     components: Components = "copy",
     layout: FolderLayout = LAYOUT,
     prefixes: Mapping[str, str] = MappingProxyType({TRANSFORMER: ""}),
@@ -358,7 +358,8 @@ def save_generator_pipeline(
         base_folder: Where autoencoder, text encoder and tokenizer come from, and the denoiser's
             configuration.
         weights: Parameters of the denoiser to write, in the types of the file.
-        flow_shift: Shift of the noise levels that the pipeline will sample with.
+        flow_shift: Shift of the noise levels that the pipeline will sample with; None: with the
+            base's scheduler.
         components: Whether the other components are linked or copied.
         layout: Components of the folder.
         prefixes: Prefix of the names of a denoiser's parameters in `weights`, by its component;
@@ -375,17 +376,16 @@ def save_generator_pipeline(
         denoisers[name] = WanVelocity(build_component(base, name))
         own = {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
         denoisers[name].load_state_dict(own, assign=True)
-    # The base's own scheduler may take other steps than the generator was trained on.
-    scheduler = build_scheduler(flow_shift)
+    # The base's own scheduler may take other steps than a generator was trained on.
+    scheduler = None if flow_shift is None else build_scheduler(flow_shift)
     index = read_model_json(base / INDEX_FILE)
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
     kept = [name for name in layout.denoisers if name not in prefixes]
     # A pipeline without one of its denoisers is none, whatever else is left out.
     whole: Components = "copy" if components == "none" else components
     with whole_folder(dst) as draft:
         copy_components(base, draft, layout, (TOKENIZER, VAE, TEXT_ENCODER), components)
         copy_components(base, draft, layout, kept, whole)
-        scheduler.save_pretrained(draft / "scheduler")
+        index |= place_scheduler(base, draft, layout, scheduler)
         (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
         for name, denoiser in denoisers.items():
             denoiser.transformer.save_pretrained(draft / name)

@@ -131,7 +131,7 @@ class WanExpertsFamily(WanFamily):
         base_folder: Path,
         weights: Mapping[str, Tensor],
         *,
-        flow_shift: float,
+        flow_shift: float | None,
         components: Components = "copy",
     ) -> None:
         """Write a folder that WanPipeline loads, with both experts and their boundary.

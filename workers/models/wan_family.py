@@ -250,7 +250,7 @@ class WanFamily:
         base_folder: Path,
         weights: Mapping[str, Tensor],
         *,
-        flow_shift: float,
+        flow_shift: float | None,
         components: Components = "copy",
     ) -> None:
         """Write a folder that WanPipeline loads."""

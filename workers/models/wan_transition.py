@@ -21,7 +21,7 @@ from sgmd_core.inner_flow import inner_grid, inner_sample
 from sgmd_core.seeds import derived_noise
 from workers.models.architecture import CheckedComponent, NetworkKind, check_network
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
-from workers.models.exporting import Components, copy_components
+from workers.models.exporting import Components, copy_components, place_scheduler
 from workers.models.family import Denoiser, TransitionDenoiser
 from workers.models.flow_head import FlowHead, with_first_weights
 from workers.models.sampling import EulerSampler
@@ -254,7 +254,7 @@ def save_transition(
     base: Path,
     weights: Mapping[str, Tensor],
     *,
-    flow_shift: float,
+    flow_shift: float | None,
     components: Components = "copy",
 ) -> None:
     """Write a folder of a trained transition beside the other components of its base.
@@ -263,7 +263,7 @@ def save_transition(
         dst: Folder to write; an existing one is replaced whole.
         base: Folder of the transition that it started from.
         weights: Parameters by name, in the types of the files.
-        flow_shift: Shift of the outer noise levels.
+        flow_shift: Shift of the outer noise levels; None: with the base's scheduler.
         components: Whether the other components are linked or copied.
     """
     require_supported_index(base, TRANSITION_LAYOUT)
@@ -278,11 +278,11 @@ def save_transition(
     head.load_state_dict(parts[FLOW_HEAD], assign=True)
     with whole_folder(dst) as draft:
         copy_components(base, draft, LAYOUT, (TOKENIZER, VAE, TEXT_ENCODER), components)
-        build_scheduler(flow_shift).save_pretrained(draft / "scheduler")
+        own = None if flow_shift is None else build_scheduler(flow_shift)
+        scheduler = place_scheduler(base, draft, LAYOUT, own)
         transformer.save_pretrained(draft / TRANSFORMER)
         _write_head(draft, head)
-        own = type(build_scheduler(flow_shift)).__name__
-        _write_index(draft, base, {"scheduler": ["diffusers", own]})
+        _write_index(draft, base, scheduler)
 
 
 def _write_head(draft: Path, head: FlowHead) -> None:

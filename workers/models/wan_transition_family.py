@@ -128,7 +128,7 @@ class WanTransitionFamily(WanFamily):
         base_folder: Path,
         weights: Mapping[str, Tensor],
         *,
-        flow_shift: float,
+        flow_shift: float | None,
         components: Components = "copy",
     ) -> None:
         """Write a folder of this family."""
