@@ -1,6 +1,7 @@
 """Parameters and operations are counted exactly, bytes of graphs within some per cent."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ def network(shape: WanShape, head_size: int = 32) -> WanVelocity:
         ffn_dim=shape.ffn_width,
         num_layers=shape.num_layers,
         rope_max_seq_len=32,
+        cross_attn_norm=shape.cross_attn_norm,
     )
     return WanVelocity(transformer)
 
@@ -54,6 +56,7 @@ def inputs(
         (WanShape(num_layers=30, width=1536, ffn_width=8960), 1.42),
         (WanShape(num_layers=40, width=5120, ffn_width=13824), 14.29),
         (SMALL, 0.0),
+        (replace(SMALL, cross_attn_norm=False), 0.0),
     ],
 )
 def test_parameters_are_those_of_the_network(shape, billions):
@@ -118,10 +121,11 @@ def test_attention_is_what_makes_a_backward_pass_to_the_input_dearer_at_full_siz
     assert passes.to_input / passes.forward > 1.6
 
 
+@pytest.mark.parametrize("shape", [SMALL, replace(SMALL, cross_attn_norm=False)])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_bytes_of_a_graph_are_near_those_that_a_network_keeps(bf16, checkpointing):
-    made = network(SMALL)
+def test_bytes_of_a_graph_are_near_those_that_a_network_keeps(shape, bf16, checkpointing):
+    made = network(shape)
     prepare_network(made, ComputeSettings("bf16" if bf16 else "fp32", checkpointing))
     weights = {value.untyped_storage().data_ptr() for value in made.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -137,5 +141,5 @@ def test_bytes_of_a_graph_are_near_those_that_a_network_keeps(bf16, checkpointin
         made(*inputs(SMALL))
     counted = sum(storage.nbytes() for storage in kept.values())
     assert (
-        SMALL.graph_bytes(LATENTS, TEXT_LENGTH, bf16=bf16, checkpointing=checkpointing)
+        shape.graph_bytes(LATENTS, TEXT_LENGTH, bf16=bf16, checkpointing=checkpointing)
     ) == pytest.approx(counted, rel=0.15)

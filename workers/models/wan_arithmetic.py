@@ -42,6 +42,7 @@ class WanShape:
         out_channels: Latent channels that go out.
         patch_size: Latent cells a token, along time, height and width.
         num_heads: Heads of attention; they decide no cost.
+        cross_attn_norm: Whether the norm before cross-attention has weights and does something.
     """
 
     num_layers: int
@@ -53,6 +54,7 @@ class WanShape:
     out_channels: int = 16
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_heads: int = field(default=1, compare=False)
+    cross_attn_norm: bool = True
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -68,6 +70,8 @@ class WanShape:
             out_channels=config["out_channels"],
             patch_size=(frames, rows, columns),
             num_heads=config["num_attention_heads"],
+            # As WanTransformer3DModel has it where its file does not say.
+            cross_attn_norm=bool(config.get("cross_attn_norm", True)),
         )
 
     @property
@@ -75,7 +79,8 @@ class WanShape:
         """Parameters, biases and norms included."""
         d, f = self.width, self.ffn_width
         attention = 4 * _linear(d, d) + 2 * d
-        layer = 2 * attention + _linear(d, f) + _linear(f, d) + 2 * d + _TIME_CHANNELS * d
+        layer = 2 * attention + _linear(d, f) + _linear(f, d) + _TIME_CHANNELS * d
+        layer += 2 * d * self.cross_attn_norm
         embeddings = (
             _linear(self.in_channels * prod(self.patch_size), d)
             + _linear(self.freq_width, d)
@@ -91,7 +96,8 @@ class WanShape:
     def parameters_per_layer(self) -> int:
         """Parameters of one layer: what is gathered at a time when the network is sharded."""
         d, f = self.width, self.ffn_width
-        return 8 * _linear(d, d) + _linear(d, f) + _linear(f, d) + 12 * d
+        norms = (4 + 2 * self.cross_attn_norm + _TIME_CHANNELS) * d
+        return 8 * _linear(d, d) + _linear(d, f) + _linear(f, d) + norms
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
