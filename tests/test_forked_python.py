@@ -128,6 +128,23 @@ def test_who_is_killed_is_gone_whether_it_is_the_client_or_the_fork():
     wait_for_end_of(forked)
 
 
+def test_a_fork_and_its_client_that_are_killed_at_one_moment_leave_the_server_alive():
+    process = waiting()
+    fork = psutil.Process(forked_process(process.pid))
+    server = psutil.Process(fork.ppid())
+    server.suspend()
+    try:
+        fork.kill()
+        while fork.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)
+        process.kill()
+        process.wait(30)
+    finally:
+        server.resume()
+    assert output("-c", "import os; print(os.getppid())") == f"{server.pid}\n"
+    assert not fork.is_running()
+
+
 def test_what_a_library_writes_into_the_environment_is_taken_back():
     assert output("-c", LOADED) == "True\n"
     with kept_environment():

@@ -251,8 +251,8 @@ class _Server:
                 os.killpg(pid, signal.SIGKILL)
 
     def _client_has_gone(self, client: socket.socket) -> None:
-        self._select.unregister(client)
-        if client in self._clients:
+        if client in self._clients:  # Else its process has ended at the same moment.
+            self._select.unregister(client)
             os.kill(self._clients[client][0], signal.SIGKILL)
 
     def _process_has_ended(self, client: socket.socket) -> None:
