@@ -25,6 +25,7 @@ from pipelines.commands import (
 )
 from pipelines.commands.failures import report_failure
 from pipelines.commands.options import PlainCommand, PlainGroup
+from pipelines.commands.stops import CommandStops, take_stops
 
 # Typer brings click along, from 0.2x on as a part of itself, so its base of wrong options has two
 # names. A closed pipe is click's to end in silence.
@@ -41,6 +42,8 @@ class _TeachingGroup(PlainGroup):
     """Shows errors in words; `--debug` lets the traceback through."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
+        stops: CommandStops = ctx.obj or CommandStops()
+        stops.is_working = True
         try:
             return super().invoke(ctx)
         except _NOT_OURS:
@@ -48,8 +51,11 @@ class _TeachingGroup(PlainGroup):
         except (Exception, KeyboardInterrupt) as error:
             if ctx.params["debug"]:
                 raise
-            code = report_failure(error, ctx.invoked_subcommand or "", sys.argv[1:])
+            command = ctx.invoked_subcommand or ""
+            code = report_failure(error, command, sys.argv[1:], stops.received)
             raise typer.Exit(code) from None
+        finally:
+            stops.is_working = False
 
 
 app = typer.Typer(
@@ -108,7 +114,12 @@ def options(
 
 def main() -> None:
     """Runs the command line."""
-    app()
+    stops = take_stops()
+    try:
+        app(obj=stops)
+    except SystemExit as end:
+        stops.exit_code = end.code if isinstance(end.code, int) else 0
+        raise
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ system's folder for temporary files holds the traceback. Neither shows a key of 
 """
 
 import platform
+import signal
 import sys
 import tempfile
 import traceback
@@ -38,26 +39,33 @@ from sgmd_core.errors import (
 
 FAILED = 1
 WRONG_REQUEST = 2
-INTERRUPTED = 130
 _RUN_FAILURES = (AlarmError, ClusterError, NonFiniteError, StaleCallError)
 _PACKAGES = ("sgmd", "torch", "ray", "diffusers", "transformers", "pydantic", "typer")
 _LONGEST = 600
 
 
-def report_failure(error: BaseException, command: str, arguments: Sequence[str]) -> int:
+def report_failure(
+    error: BaseException, command: str, arguments: Sequence[str], stopped_by: int = 0
+) -> int:
     """Shows how a command failed, on standard error.
 
     Args:
         error: What ended it.
         command: Its name, for example "distill".
         arguments: Arguments of the process, for the file of details.
+        stopped_by: Number of the signal that asked the command to stop, of which any error may be
+            a consequence; 0 where none has come.
 
     Returns:
         The exit code.
     """
-    if isinstance(error, KeyboardInterrupt):
-        _show([f"Interrupted: sgmd {command} was stopped with Ctrl-C.", *_notes(error)])
-        return INTERRUPTED
+    if isinstance(error, KeyboardInterrupt) or stopped_by:
+        number = stopped_by or signal.SIGINT
+        how = "with Ctrl-C" if number == signal.SIGINT else f"by {signal.Signals(number).name}"
+        tells = isinstance(error, StopRequestedError)
+        words = f"{type(error).__name__}: {error}" if tells else ""
+        _show([words or f"Interrupted: sgmd {command} was stopped {how}.", *_notes(error)])
+        return 128 + number
     if isinstance(error, SgmdError):
         if isinstance(error, StopRequestedError | JobError) and error.exit_code:
             code = error.exit_code

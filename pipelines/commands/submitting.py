@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 from pipelines.commands import comparing, data, results, runs, sweeping
-from pipelines.commands.failures import INTERRUPTED
 from pipelines.commands.options import Json, PlainCommand
 from pipelines.commands.output import show, working
 from sgmd_core.errors import ConfigError
@@ -92,7 +91,7 @@ def submit_command(
                 retries=retries,
             )
         if not detach:
-            _followed(console, address, job_id, quiet=wait)
+            _followed(address, job_id, quiet=wait)
         asks_only = detach and follow is not None
         words = _results(console, address, job_id, must_answer=asks_only)
     show({"job_id": job_id, "address": address, "results": words}, as_json, job_id, words)
@@ -114,7 +113,7 @@ def _submitted(console: Console, request: "JobRequest", *, address: str, **optio
     return sent.job_id
 
 
-def _followed(console: Console, address: str, job_id: str, *, quiet: bool) -> None:
+def _followed(address: str, job_id: str, *, quiet: bool) -> None:
     """Follows a job to its end; Ctrl-C ends the following alone."""
     from cluster.jobs import follow_job, wait_for_job
 
@@ -123,15 +122,15 @@ def _followed(console: Console, address: str, job_id: str, *, quiet: bool) -> No
             wait_for_job(address, job_id)
         else:
             follow_job(address, job_id, _print_as_it_is)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         for line in (
-            f"\n{job_id} goes on without this terminal.",
+            f"{job_id} goes on without this terminal.",
             f"  come back   sgmd submit --follow {job_id} --address {address}",
             f"  its log     ray job logs {job_id} --address {address}",
             f"  end it      ray job stop {job_id} --address {address}",
         ):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
+            stop.add_note(line)
+        raise
 
 
 def _print_as_it_is(text: str) -> None:

@@ -14,6 +14,7 @@ signal to a process and again to its group (`timeout`): the same one within an i
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,11 +24,12 @@ from typing import Any, TypeVar
 
 from sgmd_core.errors import StopRequestedError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_TWICE_S = 0.3
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+TWICE_S = 0.3
 """Signals of one kind that come closer together are one."""
 _SHOW_CURSOR = "\x1b[?25h"
 _STDERR = 2
+_IMPORTLIB = "<frozen importlib."
 
 T = TypeVar("T")
 
@@ -84,7 +86,13 @@ class StopRequests:
 
     @contextmanager
     def finishing_iterations(self) -> Iterator[None]:
-        """A stop inside is remembered, and ends only an iteration that takes too long."""
+        """A stop inside is remembered, and ends only an iteration that takes too long.
+
+        Raises:
+            StopNow: A stop has come before, and a library has swallowed it.
+        """
+        if self.broke_off:
+            raise StopNow
         self._finishes = True
         try:
             yield
@@ -142,10 +150,10 @@ class StopRequests:
         now_s = time.monotonic()
         name = signal.Signals(number).name
         if self.received:
-            if name == self.received and now_s - self._first_s < _TWICE_S:
+            if name == self.received and now_s - self._first_s < TWICE_S:
                 return
             # Ends at once, as promised: without clean-up, which might wait.
-            _say_last(f"{name} again: ended at once. What was saved before is kept.")
+            say_last(f"{name} again: ended at once. What was saved before is kept.")
             os._exit(128 + number)
         self.received, self._first_s = name, now_s
         if self._is_over:
@@ -153,7 +161,8 @@ class StopRequests:
             return
         if not self._finishes:
             self.broke_off = True
-            raise StopNow
+            raise_after_imports(StopNow(), frame)
+            return
         self._set_timer(self._limit_s)
         self._tell(
             f"{self.received}: finishing this iteration and saving its state; "
@@ -188,7 +197,7 @@ def stop_requests(tell: Callable[[str], None], limit_s: float = 300.0) -> Iterat
         return
     before: dict[int, Any] = {
         number: signal.signal(number, requests.handle)
-        for number in _SIGNALS
+        for number in STOP_SIGNALS
         if signal.getsignal(number) is not signal.SIG_IGN
     }
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, requests.give_up)
@@ -199,7 +208,42 @@ def stop_requests(tell: Callable[[str], None], limit_s: float = 300.0) -> Iterat
             signal.signal(number, handler)
 
 
-def _say_last(words: str) -> None:
+def outermost_import(frame: FrameType | None) -> FrameType | None:
+    """The import in which a frame is, and which is in no other one; None where it is in none.
+
+    The frame before it is that of the code which imports.
+    """
+    outermost = None
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_IMPORTLIB):
+            outermost = frame
+        frame = frame.f_back
+    return outermost
+
+
+def raise_after_imports(stop: BaseException, frame: FrameType | None) -> None:
+    """Raises in a handler of signals; during imports, once the outermost of them is over.
+
+    A library that is broken off there is half loaded, and some take what is raised for the absence
+    of an optional part, as torch does with numpy. Imports take seconds at most.
+
+    Args:
+        stop: What to raise.
+        frame: Where the main thread is.
+    """
+    outermost = outermost_import(frame)
+    if outermost is None:
+        raise stop
+
+    def raise_at_its_end(current: FrameType, event: str, value: object) -> None:
+        if current is outermost and event == "return":
+            sys.setprofile(None)
+            raise stop
+
+    sys.setprofile(raise_at_its_end)
+
+
+def say_last(words: str) -> None:
     """Writes a line past all buffers, and shows the cursor, which progress bars hide."""
     with suppress(OSError):
         shown = _SHOW_CURSOR if os.isatty(_STDERR) else ""

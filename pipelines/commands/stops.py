@@ -1,0 +1,89 @@
+"""Stops of a command that are asked for from outside: Ctrl-C, SIGTERM, SIGUSR1, SIGHUP.
+
+    while the command line loads    ends the process at once: nothing has begun
+    while a command loads           the same: a module of commands imports before it begins
+    while a library is imported     `KeyboardInterrupt`, once the import is over
+    else                            `KeyboardInterrupt`, where the command is
+    while the interpreter ends      ends the process at once: the command's exit code stands
+    a second signal                 ends the process at once, without clean-up
+
+A library that is broken off may still fail in words of its own, so whatever ends a command after a
+stop is that stop. Where a run takes the signals itself: `pipelines.run.stopping`. This is loaded
+before all else, and imports nothing heavy.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from pipelines.run.stopping import (
+    STOP_SIGNALS,
+    TWICE_S,
+    outermost_import,
+    raise_after_imports,
+    say_last,
+)
+
+_COMMANDS = Path(__file__).parent
+
+
+class CommandStops:
+    """Remembers the signal that asked a command to stop.
+
+    Attributes:
+        received: Its number; 0 until one has come.
+        is_working: False where a signal may end the process at once.
+        exit_code: Code of the command once it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.is_working = False
+        self.exit_code: int | None = None
+        self._first_s = 0.0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal."""
+        now_s, name = time.monotonic(), signal.Signals(number).name
+        if number == self.received and now_s - self._first_s < TWICE_S:
+            return
+        if self.exit_code is not None:
+            _end(self.exit_code)
+        if self.received or not self.is_working or _loads(frame):
+            say_last(f"{name} again: ended at once." if self.received else f"Stopped by {name}.")
+            _end(128 + number)
+        self.received, self._first_s = number, now_s
+        raise_after_imports(KeyboardInterrupt(), frame)
+
+
+def take_stops() -> CommandStops:
+    """Takes the signals until the process ends; elsewhere than in the main thread, takes none.
+
+    A signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
+    """
+    stops = CommandStops()
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, stops.handle)
+    return stops
+
+
+def _loads(frame: FrameType | None) -> bool:
+    """Returns True while a module of this package imports."""
+    outermost = outermost_import(frame)
+    importer = None if outermost is None else outermost.f_back
+    return importer is not None and Path(importer.f_code.co_filename).parent == _COMMANDS
+
+
+def _end(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # A pipe that nobody reads, or a stream that the signal has found in the midst of a write.
+        with suppress(OSError, ValueError, RuntimeError, AttributeError):
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,140 @@
+"""A command that is asked to stop ends as a stop, wherever the signal finds it."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.commands.stops import CommandStops, take_stops
+from pipelines.run.stopping import STOP_SIGNALS, StopNow, StopRequests
+from tests.e2e.processes import ROOT
+
+SWALLOWING = """
+import signal
+try:
+    signal.raise_signal(signal.SIGTERM)
+    import {part}
+except BaseException:
+    broken = True
+else:
+    broken = False
+"""
+
+# As a command does: an import within a function of a module of commands.
+LOADING = (
+    "import pipelines.commands.stops as here, sys; print('result'); "
+    "exec(compile('import signalling', here.__file__, 'exec'))"
+)
+
+
+@pytest.fixture
+def kept_signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    sys.setprofile(None)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def swallowing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A library that is sent SIGTERM as it is imported, and takes any error for a missing part."""
+    (tmp_path / "a_part_of_it.py").write_text("values = [each for each in range(9)]\n")
+    (tmp_path / "swallowing.py").write_text(SWALLOWING.format(part="a_part_of_it"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "swallowing", raising=False)
+    monkeypatch.delitem(sys.modules, "a_part_of_it", raising=False)
+    return "swallowing"
+
+
+@pytest.mark.usefixtures("kept_signals")
+def test_a_signal_is_raised_where_the_command_is():
+    stops = take_stops()
+    stops.is_working = True
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGHUP)
+    assert stops.received == signal.SIGHUP
+
+
+@pytest.mark.usefixtures("kept_signals")
+def test_a_signal_during_an_import_waits_until_the_library_is_whole(swallowing: str):
+    stops = take_stops()
+    stops.is_working = True
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module(swallowing)
+    assert stops.received == signal.SIGTERM
+    assert not sys.modules[swallowing].broken
+    assert sys.getprofile() is None
+
+
+@pytest.mark.usefixtures("kept_signals")
+def test_a_run_that_is_stopped_during_an_import_stops_after_it(swallowing: str):
+    stops = StopRequests()
+    signal.signal(signal.SIGTERM, stops.handle)
+    with pytest.raises(StopNow):
+        importlib.import_module(swallowing)
+    assert not sys.modules[swallowing].broken
+
+
+def test_a_run_does_not_train_after_a_stop_that_a_library_has_swallowed():
+    stops = StopRequests()
+    with pytest.raises(StopNow):
+        stops.handle(signal.SIGTERM, None)
+    with pytest.raises(StopNow), stops.finishing_iterations():
+        pytest.fail("trained")
+
+
+def test_what_ends_a_command_after_a_stop_is_the_stop():
+    command = ["plan", "no-such-recipe.yaml"]
+    assert CliRunner().invoke(app, command).exit_code == 2
+    stops = CommandStops()
+    stops.received = signal.SIGTERM
+    ended = CliRunner().invoke(app, command, obj=stops)
+    assert ended.exit_code == 143
+    assert ended.stderr == "Interrupted: sgmd plan was stopped by SIGTERM.\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "said"),
+    [
+        ("pass", 130, "Stopped by SIGINT."),
+        (f"stops.is_working = True; {LOADING}", 130, "Stopped by SIGINT."),
+        ("stops.exit_code = 2", 2, "result"),
+        ("stops.is_working = True; stops.received = 15", 130, "SIGINT again: ended at once."),
+    ],
+    ids=["while it loads", "while a command loads", "once it has ended", "a second time"],
+)
+def test_where_nothing_is_left_to_clean_a_signal_ends_the_process_at_once(
+    state: str, code: int, said: str, tmp_path: Path
+):
+    (tmp_path / "signalling.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    lines = (
+        "import os, signal",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",
+        "from pipelines.commands.stops import take_stops",
+        "stops = take_stops()",
+        f"{state}; print('result')",
+        "os.kill(os.getpid(), signal.SIGINT)",
+        "print('went on')",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert "result" in done.stdout
+    assert "went on" not in done.stdout
+    assert "Traceback" not in done.stderr
