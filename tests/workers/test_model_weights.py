@@ -220,6 +220,15 @@ def test_pickled_weights_are_refused_without_being_opened(model, tmp_path, part)
     assert mark.exists()
 
 
+def test_a_folder_without_the_weights_of_its_autoencoder_is_told_what_needs_them(
+    model: Path,
+) -> None:
+    (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    words = r"no weights in .*vae. Expected .*also where all latents are stored.*hf download"
+    with pytest.raises(ModelFolderError, match=words):
+        inspect_wan_folder(model)
+
+
 def test_pickles_beside_the_weights_are_not_exported(model: Path, tmp_path: Path) -> None:
     (model / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     weights = dict(load_transformer(model).named_parameters())

@@ -6,7 +6,7 @@ from math import lcm
 from pathlib import Path
 
 from sgmd_core.errors import ModelFolderError, ShapeError
-from workers.models.weights import WeightFiles
+from workers.models.weights import WeightFiles, lacks_weights
 
 LatentShape = tuple[int, int, int, int]
 """Channels, frames, rows, columns of one clip's latents."""
@@ -182,6 +182,25 @@ class ModelFolder:
         """
         attempted = f"fitting clips to the networks in {self.path}"
         return self.geometry.latent_shape(num_frames, height, width, attempted)
+
+
+def require_autoencoder(folder: Path, layout: FolderLayout) -> None:
+    """Checks that the weights of a folder's autoencoder are there, by their files' names alone.
+
+    Raises:
+        ModelFolderError: They were left out; says what needs them.
+    """
+    name = layout.autoencoder
+    if lacks_weights(folder / name):
+        raise ModelFolderError(
+            f"reading {folder}",
+            f"no weights in {folder / name}",
+            "the autoencoder, which every folder has, also where all latents are stored: its "
+            "content tells whose latents a run and its exports are of, and validations, "
+            "`sgmd generate` and `sgmd evaluate` decode with it",
+            f"Download it: hf download REPOSITORY --include '{name}/*' --local-dir {folder}; or "
+            "link the folder of it from another copy of the model",
+        )
 
 
 def require_text_encoder(model: ModelFolder, attempted: str) -> None:

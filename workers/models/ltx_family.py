@@ -27,7 +27,13 @@ from workers.models.configs import (
 )
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, FamilyTraits, ModelShape
-from workers.models.folder import ClipGeometry, EncoderSizes, FolderLayout, ModelFolder
+from workers.models.folder import (
+    ClipGeometry,
+    EncoderSizes,
+    FolderLayout,
+    ModelFolder,
+    require_autoencoder,
+)
 from workers.models.sampling import SamplingRules
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
 from workers.models.wan_arithmetic import WanShape
@@ -184,6 +190,7 @@ class LtxFamily:
             from workers.models.ltx import check_ltx_component
 
         require_ltx_index(folder)
+        require_autoencoder(folder, LAYOUT)
         has_text = not lacks_weights(folder / TEXT_ENCODER)
         own = [name for name in _CLASSES if has_text or name != TEXT_ENCODER]
         parts = {name: check_ltx_component(folder, name) for name in own}

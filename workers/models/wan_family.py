@@ -31,7 +31,13 @@ from workers.models.configs import (
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, DenoiserShape, FamilyTraits, ModelShape
-from workers.models.folder import ClipGeometry, EncoderSizes, FolderLayout, ModelFolder
+from workers.models.folder import (
+    ClipGeometry,
+    EncoderSizes,
+    FolderLayout,
+    ModelFolder,
+    require_autoencoder,
+)
 from workers.models.sampling import ClipSampler, SamplingRules
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
 from workers.models.wan_arithmetic import RELEASED_SHAPES, WanShape
@@ -286,6 +292,7 @@ def read_configs(folder: str | Path, layout: FolderLayout = LAYOUT) -> WanConfig
     """
     path = Path(folder)
     require_supported_index(path, layout)
+    require_autoencoder(path, layout)
     own = [name for name in layout.weights if name in EXPERTS_LAYOUT.weights]
     # Where all embeddings are stored, nobody needs it.
     if lacks_weights(path / TEXT_ENCODER):
