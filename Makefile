@@ -111,7 +111,7 @@ audit:  ## Look for known vulnerabilities of the tested versions, and search the
 
 docs: $(READY)  ## Make the generated pages and build the site; a broken link is an error
 	$(BIN)/python docs/make_reference.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 fmt: $(READY)  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -3,7 +3,7 @@
     python benchmarks/orchestration.py schedule transfer scaling validation --output figures.json
     python benchmarks/orchestration.py validation --docs docs/orchestration
 
-    schedule     measured iteration time over the simulator's bound; orders and windows; busy shares
+    schedule     measured iteration time over the simulator's bound; orders and depths; busy shares
     maps         roles that share pools: time over the limit of any placement; predictions
     limit        the first half of that, for stages of any length (--unit-ms)
     staleness    what a staleness of one gains on two pools, with shared and with fresh tracking
@@ -56,7 +56,7 @@ NUM_MEMORY_ITERATIONS = 1000
 
 
 def measure_schedule(rounds: int, num_iterations: int) -> dict[str, Any]:
-    """Measured times over the bound, what order and window do, and how busy the pools are."""
+    """Measured times over the bound, the effect of order and depth, and how busy the pools are."""
     sizes = {
         GENERATOR: max(split.teams[0] for split in SPLITS),
         TEACHER: max(split.teams[1] for split in SPLITS),
@@ -100,10 +100,10 @@ def _over_bound(groups: Groups, rounds: int, num_iterations: int) -> list[dict[s
 
 
 def _orders(groups: Groups, rounds: int, num_iterations: int) -> list[dict[str, Any]]:
-    """The same work in sequence and with windows 1 to 4."""
+    """The same work in sequence and at depths 1 to 4."""
     base = SPLITS[0]
     teams = base.team_of()
-    variants = {f"window {depth}": replace(base, depth=depth) for depth in (1, 2, 3, 4)}
+    variants = {f"depth {depth}": replace(base, depth=depth) for depth in (1, 2, 3, 4)}
     orders = {name: setting.calls(num_iterations) for name, setting in variants.items()}
     orders = {"in sequence": in_sequence(base.calls(num_iterations)), **orders}
     costs = Costs(base.costs().seconds)

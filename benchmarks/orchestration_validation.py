@@ -14,8 +14,8 @@ from pipelines.media.charts import Series, line_chart
 
 SETTINGS = (
     Setting("one at a time", (1, 1, 1), (120, 80, 60, 50, 90), 4, 1),
-    Setting("window 2", (1, 1, 1), (120, 80, 60, 50, 90), 4, 2),
-    Setting("window 4", (1, 1, 1), (120, 80, 60, 50, 90), 8, 4),
+    Setting("depth 2", (1, 1, 1), (120, 80, 60, 50, 90), 4, 2),
+    Setting("depth 4", (1, 1, 1), (120, 80, 60, 50, 90), 8, 4),
     Setting("one micro-batch", (1, 1, 1), (200, 150, 120, 100, 160), 1, 1),
     Setting("slow teacher", (1, 1, 1), (80, 220, 60, 50, 70), 6, 3),
     Setting("slow teacher, 3 copies", (1, 3, 1), (80, 220, 60, 50, 70), 6, 3),
@@ -25,11 +25,20 @@ SETTINGS = (
     Setting("3 : 2 : 3", (3, 2, 3), (110, 60, 60, 50, 90), 4, 2, samples=3),
     Setting("fresh tracking", (1, 1, 1), (110, 90, 60, 70, 80), 4, 2, fresh_updates=1),
     Setting("3 fresh updates", (1, 1, 2), (90, 70, 60, 70, 70), 4, 2, fresh_updates=3, samples=2),
-    Setting("1 MB a sample", (1, 2, 1), (120, 160, 60, 50, 90), 8, 3, megabytes=1),
-    Setting("8 MB a sample", (1, 2, 1), (160, 200, 90, 70, 120), 8, 3, megabytes=8),
+    Setting("1 MB per sample", (1, 2, 1), (120, 160, 60, 50, 90), 8, 3, megabytes=1),
+    Setting("8 MB per sample", (1, 2, 1), (160, 200, 90, 70, 120), 8, 3, megabytes=8),
     Setting("staleness 1", (1, 1, 1), (120, 80, 70, 120, 60), 4, 3, staleness=1),
     Setting("16 micro-batches", (1, 2, 1), (70, 110, 40, 30, 50), 16, 3),
 )
+
+
+_HEAD = """# Validation of the simulator
+
+Iteration time as `cluster/schedule/simulate.py` predicts it and as Ray's actors take it, \
+whose stages sleep; m is the number of micro-batches. Command, machine and date: \
+[Benchmarks](../benchmarks.md#the-simulator-against-ray).
+
+"""
 
 
 def measure_validation(rounds: int, num_iterations: int) -> dict[str, Any]:
@@ -67,7 +76,7 @@ def write_docs(validation: Mapping[str, Any], folder: Path) -> None:
     """Writes validation.md and validation.svg."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = validation["configurations"]
-    (folder / "validation.md").write_text(_table(rows))
+    (folder / "validation.md").write_text(_HEAD + _table(rows))
     (folder / "validation.svg").write_text(_plot(rows))
 
 
