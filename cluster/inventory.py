@@ -1,6 +1,7 @@
-"""Resources in all and free: of the machines of a Ray cluster, and the memory of this one."""
+"""Resources in all and free: machines of a Ray cluster; cores and memory of this one."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def take_inventory() -> ClusterInventory:
         free_cpus=free.get("CPU", 0.0),
         free_gpus=free.get("GPU", 0.0),
     )
+
+
+def num_cores() -> int:
+    """Cores that this process may use: fewer than there are, where a container says so."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def memory_bytes() -> tuple[int, int]:

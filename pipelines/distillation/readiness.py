@@ -19,6 +19,7 @@ from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.beside import bytes_beside, host_bytes_beside
+from pipelines.planning.hardware import GB
 from pipelines.planning.kept_bytes import kept_copies
 from pipelines.planning.memory import discriminator_memory
 from pipelines.planning.pool_maps import PoolMap, map_memory
@@ -31,7 +32,6 @@ from sgmd_core.errors import ConfigError
 from workers.models.exporting import DTYPES
 from workers.models.folder import ModelFolder
 
-_GB = 1e9
 _FLOAT = 4
 _WANDB_HOST = "https://api.wandb.ai"
 
@@ -343,4 +343,4 @@ def _address(config: DistillConfig) -> str | None:
 
 def in_gb(num_bytes: float) -> str:
     """Bytes in words."""
-    return f"{num_bytes / _GB:.3g} GB"
+    return f"{num_bytes / GB:.3g} GB"

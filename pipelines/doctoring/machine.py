@@ -3,10 +3,8 @@
 Each check looks at one thing and comes back with a finding; none changes anything that stays.
 """
 
-import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from packaging.requirements import Requirement
 
-from cluster.inventory import memory_bytes
+from cluster.inventory import memory_bytes, num_cores
 from pipelines.config.model_folders import PROJECT_ROOT
 from pipelines.data.clips.clip_decoding import decode_video
 from pipelines.doctoring.findings import GIB, Finding, Status, gib
@@ -81,8 +79,7 @@ def _packages() -> Finding:
 
 
 def _cores() -> Finding:
-    # Fewer than the machine has, where a container or taskset says so.
-    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    usable = num_cores()
     if usable < 2:
         return Finding("cores", Status.LIMITED, f"{usable}", "The roles share it and take turns")
     return Finding("cores", Status.GOOD, f"{usable}")

@@ -39,7 +39,7 @@ from pipelines.evaluation.result import (
     MeasuredFigure,
     evaluate_criteria,
 )
-from pipelines.evaluation.set_distances import Estimate, SetDistance, set_distances
+from pipelines.evaluation.set_distances import SetDistance, set_distances
 from pipelines.evaluation.teacher_sets import TEACHER_SETS, NamedExtractor, TeacherSets
 from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
 from pipelines.run.folder import require_inside, require_lasting_folder, versions
@@ -315,9 +315,9 @@ def _row(
         }
     if distance is not None:
         figures |= {
-            "frechet": _figure(distance.distance),
-            "above_floor": _figure(distance.above_floor),
-            "ratio": _figure(distance.ratio),
+            "frechet": distance.distance,
+            "above_floor": distance.above_floor,
+            "ratio": distance.ratio,
         }
     return row.model_copy(update=figures)
 
@@ -335,10 +335,6 @@ def _known(share: float) -> float | None:
 def _over(value: float, reference: float) -> float | None:
     """A ratio, where there is something to divide by: clips may stand still."""
     return value / reference if reference > 0 else None
-
-
-def _figure(estimate: Estimate) -> Figure:
-    return Figure(value=estimate.value, error=estimate.error)
 
 
 def _draw(

@@ -14,20 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from pipelines.evaluation.result import Figure
 from sgmd_core.errors import ShapeError
 from sgmd_core.metrics.frechet import Features, Gaussian, fit_gaussian, frechet_distance
 from sgmd_core.seeds import random_generator
 
 # Ends of the central interval that holds as much as one standard deviation to both sides.
 _LOW, _HIGH = 0.1587, 0.8413
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A figure and its standard error."""
-
-    value: float
-    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +33,9 @@ class SetDistance:
         ratio: `above_floor` over the baseline's.
     """
 
-    distance: Estimate
-    above_floor: Estimate
-    ratio: Estimate
+    distance: Figure
+    above_floor: Figure
+    ratio: Figure
 
 
 def set_distances(
@@ -110,8 +103,8 @@ def _ratio(distances: Mapping[str, float], name: str, floor: str, baseline: str)
     return (distances[name] - distances[floor]) / below if below else float("nan")
 
 
-def _estimate(value: float, draws: list[float]) -> Estimate:
+def _estimate(value: float, draws: list[float]) -> Figure:
     ends = torch.tensor(draws, dtype=torch.float64).quantile(
         torch.tensor([_LOW, _HIGH], dtype=torch.float64)
     )
-    return Estimate(value, float(ends[1] - ends[0]) / 2)
+    return Figure(value=value, error=float(ends[1] - ends[0]) / 2)

@@ -8,6 +8,7 @@ from typing import Any
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.hardware import GB, GpuKind, Hardware
 from pipelines.planning.layouts import Layout, fused_layout, map_layout, pools_layout
+from pipelines.planning.memory import RankMemory
 from pipelines.planning.mixed import mixed_layouts
 from pipelines.planning.pool_maps import (
     LEARN,
@@ -259,18 +260,14 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
 
 def _least_main(work: Workload, roomy: Hardware, num_gpus: int) -> float:
     """GB of main memory of the fullest rank, in the layout that takes the least of it."""
-    layouts = [dict(rank_memory(work, split)) for split in candidates(work, num_gpus)]
-    layouts += [map_memory(work, one) for one in pool_maps(work, num_gpus)]
-    layouts.append({"all roles": fused_memory(work, num_gpus)})
+    layouts = _memory_of_layouts(work, num_gpus)
     fitting = [one for one in layouts if all(part.fits(roomy) for part in one.values())]
     return min(max(part.main_memory for part in one.values()) for one in fitting or layouts) / GB
 
 
 def _least(work: Workload, num_gpus: int) -> str:
     """Returns the needs of each pool in the layout whose fullest rank is the least full."""
-    layouts = [dict(rank_memory(work, split)) for split in candidates(work, num_gpus)]
-    layouts += [map_memory(work, one) for one in pool_maps(work, num_gpus)]
-    layouts.append({"all roles": fused_memory(work, num_gpus)})
+    layouts = _memory_of_layouts(work, num_gpus)
     best = min(layouts, key=lambda parts: max(part.total for part in parts.values()))
     words = {GENERATOR: "the generator", TEACHER: "the teacher", FAKE_SCORE: "the fake score"}
     words |= {LEARN: "generator and teacher", SCORE: "fake score and teacher"}
@@ -282,6 +279,13 @@ def _least(work: Workload, num_gpus: int) -> str:
         f"working {(part.working + part.gathered) / GB:.0f})"
         for name, part in best.items()
     )
+
+
+def _memory_of_layouts(work: Workload, num_gpus: int) -> list[dict[str, RankMemory]]:
+    """Memory of a rank of each pool, in every layout."""
+    layouts = [dict(rank_memory(work, split)) for split in candidates(work, num_gpus)]
+    layouts += [map_memory(work, one) for one in pool_maps(work, num_gpus)]
+    return [*layouts, {"all roles": fused_memory(work, num_gpus)}]
 
 
 def _remedies(work: Workload, hardware: Hardware, num_gpus: int) -> Iterator[str]:

@@ -7,7 +7,6 @@ than the accepted share of rows is bad.
 """
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
@@ -225,10 +224,7 @@ def _tally(
 ) -> CheckTally:
     """Looks at row groups, in processes of their own."""
     tally = CheckTally(None if options.count_tokens is None else options.text_length)
-    processes = options.num_processes
-    if processes is None:
-        processes = len(os.sched_getaffinity(0))
-    found = map_in_order(check_group, tasks, processes, options.max_hang_s)
+    found = map_in_order(check_group, tasks, options.num_processes, options.max_hang_s)
     for done, facts in enumerate(found, start=1):
         if isinstance(facts, Died):
             facts = _checked_apart(facts.item, options.max_hang_s)

@@ -127,13 +127,25 @@ class GroupFacts:
     bad: BadRows
 
 
-def check_group(task: GroupTask) -> GroupFacts:
+def check_group(task: GroupTask, process: GuardedProcess | None = None) -> GroupFacts:
     """Reads a row group and checks its rows.
+
+    Args:
+        task: The row group.
+        process: Decodes its videos; None: this process does.
 
     Raises:
         DataError: the storage failed, which is not the data's fault.
     """
-    return _checked(task, None)
+    columns = [*REQUIRED_COLUMNS, *(_values(task.kind) if len(task.tried) else ())]
+    filesystem, root = open_folder(task.url, probe=False)
+    look = _Look(task, process)
+    group = (task.shard, task.num_bytes, task.index)
+    for rows in read_batches(filesystem, root, group, columns, task.names):
+        if isinstance(rows, Fault):
+            return nothing_read(task, Reason.UNREADABLE_ROWS, rows.reason)
+        look.add(rows)
+    return look.facts()
 
 
 def check_group_apart(task: GroupTask, max_hang_s: float) -> GroupFacts:
@@ -150,19 +162,7 @@ def check_group_apart(task: GroupTask, max_hang_s: float) -> GroupFacts:
         DataError: the storage failed, or the other process does not start.
     """
     with closing(GuardedProcess(max_hang_s, tries=1)) as process:
-        return _checked(task, process)
-
-
-def _checked(task: GroupTask, process: GuardedProcess | None) -> GroupFacts:
-    columns = [*REQUIRED_COLUMNS, *(_values(task.kind) if len(task.tried) else ())]
-    filesystem, root = open_folder(task.url, probe=False)
-    look = _Look(task, process)
-    group = (task.shard, task.num_bytes, task.index)
-    for rows in read_batches(filesystem, root, group, columns, task.names):
-        if isinstance(rows, Fault):
-            return nothing_read(task, Reason.UNREADABLE_ROWS, rows.reason)
-        look.add(rows)
-    return look.facts()
+        return check_group(task, process)
 
 
 def nothing_read(task: GroupTask, reason: str, detail: str) -> GroupFacts:

@@ -129,7 +129,7 @@ def encode(
     parts = plan_parts(catalogue, options.shard_clips)
     settings = _settings(src, parts, encoding, options, columns)
     with filling(dst, "encode", settings) as journal:
-        num_before = sum(shard.num_rows for shard in journal.shards.values())
+        num_before = journal.num_good
         num_prompts = _fill(journal, source, model, options, parts, encodings, on_progress)
         if options.buckets:
             _finish_buckets(journal, options)

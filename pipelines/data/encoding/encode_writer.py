@@ -7,17 +7,13 @@ from typing import Any
 
 from pipelines.data.encoding import encode_stages as stages
 from pipelines.data.encoding.encode_plan import Part
-from pipelines.data.making.journal import Journal
-from pipelines.data.shards.listing import QUARANTINE_NAME
-from pipelines.data.shards.rejection import Reason, Rejection, require_few
+from pipelines.data.making.journal import MIN_JUDGED, Journal
+from pipelines.data.shards.rejection import Reason, Rejection
 from pipelines.data.shards.schema import SAMPLE_ID, Encoding, encoded_schema
 from pipelines.data.shards.seen import SeenIds
 from pipelines.data.shards.shard_writing import ShardBuilder
 from pipelines.data.stream.window_decoding import BUCKET
 from sgmd_core.errors import DataError
-
-# Below this number a share says little: the verdict waits for the end.
-_MIN_JUDGED = 200
 
 
 class PartWriter:
@@ -81,7 +77,8 @@ class PartWriter:
         if num_good + len(rejections) == part.num_rows:
             del self._open[part.number]
             self._commit(part, rejections, builders)
-            self._judge(at_end=False)
+            if self._journal.num_judged >= MIN_JUDGED:
+                self._judge()
 
     def close(self) -> None:
         """Makes sure that nothing was lost.
@@ -96,7 +93,7 @@ class PartWriter:
                 "every row once",
                 "Run the command again: it goes on with these",
             )
-        self._judge(at_end=True)
+        self._judge()
 
     def _rejection(self, part: Part, line: Mapping[str, Any]) -> Rejection | None:
         sample_id = line[SAMPLE_ID] or ""
@@ -116,19 +113,9 @@ class PartWriter:
         self._journal.commit(part.name, builders, rejections)
         del self._parts[part.number]
 
-    def _judge(self, *, at_end: bool) -> None:
-        rejections = self._journal.rejections
-        good = sum(shard.num_rows for shard in self._journal.shards.values())
-        num_judged = good + len(rejections)
-        if not at_end and num_judged < _MIN_JUDGED:
-            return
-        if len(rejections) > self._max_bad_fraction * num_judged:
-            self._journal.write_quarantine()
-            require_few(
-                self._attempted,
-                rejections,
-                num_judged,
-                self._max_bad_fraction,
-                f"All of them are in {self._journal.root}/{QUARANTINE_NAME}. Raise"
-                " --max-bad-fraction, or repair the source and encode it into another folder",
-            )
+    def _judge(self) -> None:
+        self._journal.require_few_bad(
+            self._attempted,
+            self._max_bad_fraction,
+            "Raise --max-bad-fraction, or repair the source and encode it into another folder",
+        )

@@ -32,10 +32,13 @@ from pipelines.data.shards.index import (
 )
 from pipelines.data.shards.listing import QUARANTINE_NAME, is_shard
 from pipelines.data.shards.parquet import read_parquet
-from pipelines.data.shards.rejection import Rejection, from_parquet, to_parquet
+from pipelines.data.shards.rejection import Rejection, from_parquet, to_parquet, too_many_bad
 from pipelines.data.shards.schema import SAMPLE_ID
 from pipelines.data.shards.shard_writing import ShardBuilder, write_file, write_shard
 from sgmd_core.errors import DataError
+
+MIN_JUDGED = 200
+"""Below this number of rows a share of bad ones says little: the verdict waits for the end."""
 
 _log = logging.getLogger(__name__)
 
@@ -136,6 +139,33 @@ class Journal:
     def write_quarantine(self) -> None:
         """Writes what was not taken; an empty file says that nothing was."""
         write_file(self.filesystem, f"{self.root}/{QUARANTINE_NAME}", to_parquet(self.rejections))
+
+    @property
+    def num_good(self) -> int:
+        """Rows that are written."""
+        return sum(shard.num_rows for shard in self.shards.values())
+
+    @property
+    def num_judged(self) -> int:
+        """Rows that are written or not taken."""
+        return self.num_good + len(self.rejections)
+
+    def require_few_bad(self, attempted: str, max_bad_fraction: float, remedy: str) -> None:
+        """Stops where too large a share of all rows is bad; the quarantine then has all of them.
+
+        Args:
+            attempted: What the command is doing.
+            max_bad_fraction: The largest share that is accepted.
+            remedy: What the user can do.
+
+        Raises:
+            DataError: See `too_many_bad`.
+        """
+        bad, total = self.rejections, self.num_judged
+        if len(bad) > max_bad_fraction * total:
+            self.write_quarantine()
+            remedy = f"All of them are in {self.root}/{QUARANTINE_NAME}. {remedy}"
+            raise too_many_bad(attempted, bad, total, max_bad_fraction, remedy)
 
     def finish(self) -> None:
         """Writes the quarantine and the index, and takes the progress away."""

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from cluster.inventory import num_cores
 from pipelines.data.clips.guarded_process import Died, GuardedProcess
 from pipelines.data.clips.hang_guard import MAX_HANG_S, end_on_hang, relax, require_hang_limit
 
@@ -27,7 +28,7 @@ _WAITING_PER_PROCESS = 2
 def map_in_order(
     function: Callable[[Item], Result],
     items: Iterable[Item],
-    num_processes: int,
+    num_processes: int | None,
     max_hang_s: float = MAX_HANG_S,
 ) -> Iterator[Result | Died[Item]]:
     """Applies a function to items as they come.
@@ -39,7 +40,7 @@ def map_in_order(
         function: Defined in a module, so that another process finds it; without side effects,
             because it may run twice.
         items: Taken from as places become free.
-        num_processes: 0 works in this process, without the protection.
+        num_processes: None takes all cores; 0 works in this process, without the protection.
         max_hang_s: Time that one call of the decoder may take; 0: no limit.
 
     Yields:
@@ -49,6 +50,8 @@ def map_in_order(
         ConfigError: `max_hang_s` is no such time.
     """
     require_hang_limit(max_hang_s)
+    if num_processes is None:
+        num_processes = num_cores()
     if num_processes == 0:
         yield from map(function, items)
         return

@@ -6,7 +6,6 @@ Clips arrive in the order of the source, whatever the number of processes, so th
 the same shards. Memory holds one shard, two clips a process, and eight bytes an id.
 """
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_choice import CaptionChoice
 from pipelines.data.making.caption_field import CaptionField
 from pipelines.data.making.fresh_clips import Place, fresh_clips
-from pipelines.data.making.journal import Journal, filling, open_journal
+from pipelines.data.making.journal import MIN_JUDGED, Journal, filling, open_journal
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
 from pipelines.data.making.ordered_pool import map_in_order
 from pipelines.data.making.prepare_clip import (
@@ -43,12 +42,7 @@ from pipelines.data.making.source_clip import Columns, SourceClip
 from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
 from pipelines.data.making.witnesses import Listing, Witnesses
 from pipelines.data.shards.filesystem import canonical_address
-from pipelines.data.shards.listing import QUARANTINE_NAME
-from pipelines.data.shards.rejection import (
-    Reason,
-    Rejection,
-    require_few,
-)
+from pipelines.data.shards.rejection import Reason, Rejection
 from pipelines.data.shards.schema import (
     CAPTION,
     FPS,
@@ -60,9 +54,6 @@ from pipelines.data.shards.schema import (
 from pipelines.data.shards.seen import SeenIds
 from pipelines.data.shards.shard_writing import ShardBuilder
 from sgmd_core.errors import ConfigError, DataError
-
-# Below this number a share says little: the verdict waits for the end.
-_MIN_JUDGED = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +226,7 @@ def _fill(
     outcomes = map_in_order(
         partial(prepare_clip, rules=options.rules, s3=options.s3),
         fresh_clips(listed, written, known, split),
-        _num_processes(options),
+        options.num_processes,
         options.max_hang_s,
     )
     filler = _Filler(journal, options, f"preparing {src}", schema)
@@ -315,7 +306,7 @@ class _Filler:
         """
         if isinstance(outcome, Rejection):
             self._waiting.append(outcome)
-            if self.progress().num_judged >= _MIN_JUDGED:
+            if self.progress().num_judged >= MIN_JUDGED:
                 self._judge()
             return
         self.look.update(outcome.look)
@@ -357,18 +348,13 @@ class _Filler:
 
     def _judge(self) -> None:
         progress = self.progress()
-        if progress.num_bad <= self._options.max_bad_fraction * progress.num_judged:
-            return
-        self._commit()
-        self._journal.write_quarantine()
-        require_few(
-            self._attempted,
-            self._journal.rejections,
-            progress.num_judged,
-            self._options.max_bad_fraction,
-            f"All of them are in {self._journal.root}/{QUARANTINE_NAME}. Repair them and run again"
-            " with --retry-bad, or raise --max-bad-fraction; good clips are kept",
-        )
+        most_bad = self._options.max_bad_fraction
+        if progress.num_bad > most_bad * progress.num_judged:
+            self._commit()
+            remedy = "Repair them and run again with --retry-bad, or raise --max-bad-fraction"
+            self._journal.require_few_bad(
+                self._attempted, most_bad, f"{remedy}; good clips are kept"
+            )
 
 
 def _of_dead(died: Died[SourceClip | Rejection]) -> Rejection:
@@ -378,7 +364,7 @@ def _of_dead(died: Died[SourceClip | Rejection]) -> Rejection:
 
 def _written(journal: Journal) -> PrepareProgress:
     return PrepareProgress(
-        num_clips=sum(shard.num_rows for shard in journal.shards.values()),
+        num_clips=journal.num_good,
         num_bad=len(journal.rejections),
         num_shards=len(journal.shards),
         num_bytes=sum(shard.num_bytes for shard in journal.shards.values()),
@@ -408,9 +394,3 @@ def _settings(src: str, options: PrepareOptions) -> dict[str, object]:
         "captions": str(rules.captions),
         "caption_seed": rules.seed if rules.captions is CaptionChoice.RANDOM else None,
     }
-
-
-def _num_processes(options: PrepareOptions) -> int:
-    if options.num_processes is not None:
-        return options.num_processes
-    return len(os.sched_getaffinity(0))

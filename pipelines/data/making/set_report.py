@@ -83,11 +83,10 @@ def set_facts(folder: str, journal: Journal, num_before: int, started: float) ->
         started: `time.monotonic()` at that moment.
     """
     shards = journal.shards.values()
-    num_clips = sum(shard.num_rows for shard in shards)
     return {
         "folder": folder,
-        "num_clips": num_clips,
-        "num_new": num_clips - num_before,
+        "num_clips": journal.num_good,
+        "num_new": journal.num_good - num_before,
         "num_shards": len(shards),
         "num_bytes": sum(shard.num_bytes for shard in shards),
         "rejected": counts_by_reason(journal.rejections),

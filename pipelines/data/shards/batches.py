@@ -6,7 +6,6 @@ A Parquet writer may put a million rows into one row group; whoever only looks a
 no need to hold them. What is broken comes as a `Fault`, after which nothing more comes.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from fsspec import AbstractFileSystem
 from pipelines.data.shards.columns import ColumnNames, map_columns
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.native import Group
-from pipelines.data.shards.parquet import column_chunks, read_footers
+from pipelines.data.shards.parquet import RangeReader, column_chunks, read_footers
 from pipelines.data.shards.reading import Fault, Range, fetch, words_of
 
 _BATCH_ROWS = 4096
@@ -103,16 +102,9 @@ def read_batches(
 
 def _num_rows(metadata: pq.FileMetaData, index: int, columns: Sequence[str]) -> int:
     """Rows of a batch: as many as take `_BATCH_BYTES` at most, by what the footer says."""
-    group, chunks = metadata.row_group(index), column_chunks(metadata, index)
-    size = sum(
-        chunk.total_uncompressed_size
-        for chunk in chunks
-        if any(
-            chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.")
-            for name in columns
-        )
-    )
-    per_row = max(1, size // max(1, group.num_rows))
+    chunks = column_chunks(metadata, index, columns)
+    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    per_row = max(1, size // max(1, metadata.row_group(index).num_rows))
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // per_row))
 
 
@@ -124,39 +116,19 @@ class _UnreadableError(Exception):
         self.fault = fault
 
 
-class _RangeFile(io.RawIOBase):
+class _RangeFile(RangeReader):
     """A file of which only what is asked for is read, with the patience of `fetch`."""
 
     def __init__(
         self, filesystem: AbstractFileSystem, path: str, size: int, retry: S3Settings
     ) -> None:
+        super().__init__(size)
         self._filesystem = filesystem
         self._path = path
-        self._size = size
         self._retry = retry
-        self._at = 0
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        stop = self._size if size < 0 else min(self._at + size, self._size)
-        if stop <= self._at:
-            return b""
-        wanted = Range(self._path, self._at, stop)
-        (content,) = fetch(self._filesystem, [wanted], self._retry)
+    def bytes_between(self, start: int, stop: int) -> bytes:
+        (content,) = fetch(self._filesystem, [Range(self._path, start, stop)], self._retry)
         if isinstance(content, Fault):
             raise _UnreadableError(content)
-        self._at = stop
         return content
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True

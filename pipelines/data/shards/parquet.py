@@ -253,36 +253,59 @@ class _Plan:
     ranges: list[Range]
 
 
-class _Parts(io.RawIOBase):
-    """A file of which only some byte ranges are here."""
+class RangeReader(io.RawIOBase):
+    """A file for Arrow to read, whose bytes come from `bytes_between`.
 
-    def __init__(self, parts: Sequence[tuple[int, bytes]], size: int) -> None:
-        self._parts = parts
+    Args:
+        size: Its size in bytes.
+    """
+
+    def __init__(self, size: int) -> None:
         self._size = size
         self._at = 0
 
+    def bytes_between(self, start: int, stop: int) -> bytes:
+        """Some bytes of it."""
+        raise NotImplementedError
+
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As of any file."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         self._at = base + offset
         return self._at
 
     def tell(self) -> int:
+        """As of any file."""
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        stop = self._size if size < 0 else min(self._at + size, self._size)
-        for start, content in self._parts:
-            if start <= self._at and stop <= start + len(content):
-                piece = content[self._at - start : stop - start]
-                self._at = stop
-                return piece
-        raise OSError(f"bytes {self._at} to {stop} are in no column chunk that the footer names")
+        """As of any file."""
+        start, stop = self._at, self._size if size < 0 else min(self._at + size, self._size)
+        content = self.bytes_between(start, stop) if start < stop else b""
+        self._at = max(start, stop)
+        return content
 
     def readable(self) -> bool:
+        """True."""
         return True
 
     def seekable(self) -> bool:
+        """True."""
         return True
+
+
+class _Parts(RangeReader):
+    """A file of which only some byte ranges are here."""
+
+    def __init__(self, parts: Sequence[tuple[int, bytes]], size: int) -> None:
+        super().__init__(size)
+        self._parts = parts
+
+    def bytes_between(self, start: int, stop: int) -> bytes:
+        for first, content in self._parts:
+            if first <= start and stop <= first + len(content):
+                return content[start - first : stop - first]
+        raise OSError(f"bytes {start} to {stop} are in no column chunk that the footer names")
 
 
 def _footer_bytes(tail: bytes) -> int:
@@ -302,18 +325,17 @@ class _NothingReadError(OSError):
     """A file that is never read was asked for bytes."""
 
 
-class _NoBytes(_Parts):
-    """A file of any size that refuses to be read."""
+class _NoBytes(RangeReader):
+    """A file that refuses to be read."""
 
-    def __init__(self) -> None:
-        super().__init__((), 2**62)
-
-    def read(self, size: int = -1) -> bytes:
-        raise _NothingReadError(size)
+    def bytes_between(self, start: int, stop: int) -> bytes:
+        raise _NothingReadError
 
 
-def column_chunks(metadata: pq.FileMetaData, index: int) -> list[pq.ColumnChunkMetaData]:
-    """Column chunks of a row group.
+def column_chunks(
+    metadata: pq.FileMetaData, index: int, columns: Sequence[str]
+) -> list[pq.ColumnChunkMetaData]:
+    """Chunks of some columns of a row group; a column of structs has one for each field.
 
     Where Parquet refuses a chunk, `RowGroupMetaData.column` ends the process; reading raises. So
     each column is read first, from a file without bytes.
@@ -321,21 +343,20 @@ def column_chunks(metadata: pq.FileMetaData, index: int) -> list[pq.ColumnChunkM
     Raises:
         OSError, ValueError, pyarrow.ArrowException: The footer is damaged.
     """
-    file, group = open_parquet(_NoBytes(), metadata=metadata), metadata.row_group(index)
+    file, group = open_parquet(_NoBytes(2**62), metadata=metadata), metadata.row_group(index)
     for number in range(group.num_columns):
         with suppress(_NothingReadError):
             path = metadata.schema.column(number).path
             file.read_row_group(index, columns=[path], use_threads=False)
-    return [group.column(number) for number in range(group.num_columns)]
+    chunks = (group.column(number) for number in range(group.num_columns))
+    starts = tuple(f"{name}." for name in columns)
+    return [each for each in chunks if f"{each.path_in_schema}.".startswith(starts)]
 
 
 def _chunks(metadata: pq.FileMetaData, index: int, columns: Sequence[str]) -> list[tuple[int, int]]:
     """Byte ranges of the columns' chunks, near ones merged."""
     spans: list[tuple[int, int]] = []
-    for chunk in column_chunks(metadata, index):
-        path = chunk.path_in_schema
-        if not any(path == name or path.startswith(f"{name}.") for name in columns):
-            continue
+    for chunk in column_chunks(metadata, index, columns):
         first = chunk.data_page_offset
         if chunk.has_dictionary_page:
             first = min(first, chunk.dictionary_page_offset)

@@ -194,14 +194,16 @@ def examples_by_reason(rejections: Iterable[Rejection]) -> dict[str, str]:
     return {reason: rejection.in_words() for reason, rejection in first.items()}
 
 
-def require_few(
+def too_many_bad(
     attempted: str,
     rejections: Sequence[Rejection],
     num_clips: int,
     max_bad_fraction: float,
     remedy: str,
-) -> None:
-    """Stops where too large a share of all clips is bad.
+) -> DataError:
+    """The error for a set of which too large a share is bad.
+
+    It names the reasons, the worst places and the first of the bad clips.
 
     Args:
         attempted: What the command was doing.
@@ -209,16 +211,11 @@ def require_few(
         num_clips: All that were looked at, the bad ones included.
         max_bad_fraction: The largest share that is accepted.
         remedy: What the user can do.
-
-    Raises:
-        DataError: names the reasons, the worst places and the first of the bad clips.
     """
-    if len(rejections) <= max_bad_fraction * num_clips:
-        return
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts_by_reason(rejections).items())
     worst = Counter(rejection.group for rejection in rejections).most_common(3)
     places = ", ".join(f"{group} ({n})" for group, n in worst)
-    raise DataError(
+    return DataError(
         attempted,
         f"{len(rejections)} of {num_clips} clips are bad: {reasons}. Most of them in {places};"
         f" the first: {rejections[0].in_words()}",

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from cluster.errors import StorageError
+from cluster.inventory import num_cores
 from cluster.storage import read_json, write_json, write_text
 from pipelines.config.gaussian_study import GaussianStudyConfig
 from pipelines.config.recovery import RecoverySettings
@@ -119,7 +119,7 @@ def _made_side_by_side(
     config: GaussianStudyConfig, missing: Sequence[StudyCell], num_processes: int | None
 ) -> Iterator[tuple[StudyCell, CellResult]]:
     """Makes cells in processes of one thread each, and gives each when it is done."""
-    processes = min(num_processes or len(os.sched_getaffinity(0)), len(missing))
+    processes = min(num_processes or num_cores(), len(missing))
     if processes < 2:
         yield from ((cell, _made(config, cell)) for cell in missing)
         return

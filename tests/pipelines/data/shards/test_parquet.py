@@ -90,7 +90,7 @@ import pyarrow.parquet as pq
 from pipelines.data.shards.parquet import column_chunks
 metadata = pq.ParquetFile({shard!r}).metadata
 try:
-    column_chunks(metadata, 0)
+    column_chunks(metadata, 0, metadata.schema.names)
 except OSError as error:
     print(error)
 """
