@@ -169,7 +169,7 @@ def generate(
     _require_request(prompts, seeds, formats, zoom)
     family = family_of(folder)
     settings = _settings(family, folder, options.changes())
-    device = device or _default_device()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _require_device(device)
     require_same_weights(folder)
     unknown = family.load_tokenizer(folder).unknown_words(prompts)
@@ -199,6 +199,7 @@ def _clips(
     """Samples and writes clip by clip; a request is a numbered prompt and a seed."""
     total = len(requests) * settings.num_steps
     digits = max(2, len(str(requests[-1][0][0])))
+    how = settings.model_dump(exclude={"fps", "trained_sizes"})
     for number, ((index, prompt), chosen) in enumerate(requests):
         before = number * settings.num_steps
 
@@ -206,7 +207,7 @@ def _clips(
             on_progress(before + step, total)
 
         began = time.perf_counter()
-        frames = sampler.sample(_sample_request(prompt, chosen, settings), on_step)
+        frames = sampler.sample(SampleRequest(prompt=prompt, seed=chosen, **how), on_step)
         seconds = time.perf_counter() - began
         stem = f"{index:0{digits}d}-{_slug(prompt)}-seed{chosen}"
         # So that clips of another size do not replace these.
@@ -251,12 +252,6 @@ def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> 
 def _size_in_words(size: tuple[int, int, int]) -> str:
     num_frames, height, width = size
     return f"{num_frames} frames of {height}x{width}"
-
-
-def _sample_request(prompt: str, seed: int, settings: InferenceSettings) -> SampleRequest:
-    return SampleRequest(
-        prompt=prompt, seed=seed, **settings.model_dump(exclude={"fps", "trained_sizes"})
-    )
 
 
 def _require_request(
@@ -310,7 +305,3 @@ def _require_device(device: str) -> None:
             "a device of this machine that torch knows",
             "Leave --device out, or take cpu",
         ) from error
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -30,6 +30,11 @@ class Machine:
     node: str = ""
     address: str = ""
 
+    @property
+    def store_bytes(self) -> float:
+        """Size of its object store."""
+        return self.total.get("object_store_memory", 0.0)
+
     def renamed(self, name: str) -> "Machine":
         """The same machine under another name."""
         return replace(self, name=name)

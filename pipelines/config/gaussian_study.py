@@ -153,7 +153,28 @@ class GaussianStudyConfig(Section):
 
     def contradictions(self) -> Iterator[str]:
         """Sentences on settings that do not fit together."""
-        return _contradictions(self)
+        if self.baseline not in self.variants:
+            known = ", ".join(self.variants)
+            yield f"baseline is {self.baseline}, which is not one of the variants {known}"
+        for name, world in self.worlds.items():
+            if world.modes > 2 and world.dim != 2 and world.modes > world.dim:
+                yield (
+                    f"worlds.{name} has {world.modes} modes at right angles in {world.dim} "
+                    "dimensions"
+                )
+        for name, variant in self.variants.items():
+            yield from _variant_contradictions(self, name, variant)
+        shuffled = [name for name, each in self.variants.items() if each.gap == "shuffled"]
+        if shuffled and self.batch_size % 2:
+            yield (
+                f"variants.{shuffled[0]}.gap is shuffled among pairs, and batch_size "
+                f"{self.batch_size} is odd"
+            )
+        given, plain = self.schedule, FlowMatchSchedule()
+        for name in ("score_level_min", "score_level_max", "score_window", "steps", "renoise"):
+            if getattr(given, name) != getattr(plain, name):
+                found = getattr(given, name)
+                yield f"schedule.{name} is {found}, which this study does not draw by; leave it out"
 
     def worlds_of(self, variant: str) -> list[str]:
         """Names of the worlds that a variant is compared in."""
@@ -164,28 +185,6 @@ class GaussianStudyConfig(Section):
     def folder(self) -> Path:
         """Folder of the study; of an address, what `cluster.files.store_address` reads."""
         return Path(self.output) / f"{self.name}-study"
-
-
-def _contradictions(config: GaussianStudyConfig) -> Iterator[str]:
-    if config.baseline not in config.variants:
-        known = ", ".join(config.variants)
-        yield f"baseline is {config.baseline}, which is not one of the variants {known}"
-    for name, world in config.worlds.items():
-        if world.modes > 2 and world.dim != 2 and world.modes > world.dim:
-            yield f"worlds.{name} has {world.modes} modes at right angles in {world.dim} dimensions"
-    for name, variant in config.variants.items():
-        yield from _variant_contradictions(config, name, variant)
-    shuffled = [name for name, each in config.variants.items() if each.gap == "shuffled"]
-    if shuffled and config.batch_size % 2:
-        yield (
-            f"variants.{shuffled[0]}.gap is shuffled among pairs, and batch_size "
-            f"{config.batch_size} is odd"
-        )
-    given, plain = config.schedule, FlowMatchSchedule()
-    for name in ("score_level_min", "score_level_max", "score_window", "steps", "renoise"):
-        if getattr(given, name) != getattr(plain, name):
-            found = getattr(given, name)
-            yield f"schedule.{name} is {found}, which this study does not draw by; leave it out"
 
 
 def _variant_contradictions(

@@ -351,7 +351,7 @@ def _train(run: Distillation, start: Position, job: _Job, *, may_replan: bool) -
     """Trains to the end, across failures; returns the run's summary."""
     stops = job.stops
     failure: ClusterError | None = None
-    with stops.ending_in(lambda: run.stopped_while_repairing(stops)):
+    with stops.ending_in(lambda: run.endings.while_repairing(stops)):
         while True:
             try:
                 if failure is not None:
@@ -366,7 +366,7 @@ def _train(run: Distillation, start: Position, job: _Job, *, may_replan: bool) -
                 return run.finish(stops)
             except LOST as error:
                 if stops.received:
-                    raise run.lost_while_stopping(stops, error) from error
+                    raise run.endings.lost(stops, error) from error
                 if run.has_given_up:
                     raise
                 failure = error

@@ -42,7 +42,7 @@ from pipelines.run.records import IterationRecord
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopRequests
 from pipelines.run.trace import RunTrace
-from sgmd_core.errors import AlarmError, NonFiniteError, StopRequestedError
+from sgmd_core.errors import AlarmError, NonFiniteError
 from sgmd_core.objectives import restarts_of
 from sgmd_core.types import Text
 from workers.generator_learner import GeneratorLearner
@@ -154,7 +154,7 @@ class Distillation:
         self._catch_up(is_last)
         if self._monitor.fatal is not None and not is_last:
             # It sounded just before a process was lost.
-            raise self._endings.alarm(self._monitor.fatal, start)
+            raise self.endings.alarm(self._monitor.fatal, start)
         while not stop_rule.is_reached(self._position.iteration, spent_s):
             self._keep_snapshot()
             before_s = spent_s
@@ -173,9 +173,9 @@ class Distillation:
             self._states.collect()
             self._folder.publisher.check()
             if self._monitor.fatal is not None and not is_last:
-                raise self._endings.alarm(self._monitor.fatal, position)
+                raise self.endings.alarm(self._monitor.fatal, position)
             if stops.received:
-                raise self._endings.stopped(stops, position)
+                raise self.endings.stopped(stops, position)
 
     def _iterations(self, prompts: Prompts, stops: StopRequests) -> Iterator[float]:
         """Makes and records the iterations up to the next point that looks at what is due.
@@ -186,13 +186,13 @@ class Distillation:
         first, began = self._position.iteration, time.perf_counter()
         together = self._num_together(first)
         with stops.ending_in(
-            lambda: self._endings.gave_up(stops, self._position, is_in_step=self._is_in_step)
+            lambda: self.endings.gave_up(stops, self._position, is_in_step=self._is_in_step)
         ):
             try:
                 if problem := self._lag.measure(self._plan, first, prompts.of, stops):
                     self._observer.warning(problem)
                 if stops.received:
-                    raise self._endings.stopped(stops, self._position)
+                    raise self.endings.stopped(stops, self._position)
                 reports = run_iterations(
                     self._groups.roles,
                     replace(self._plan, generator_rate=self._lag.rate),
@@ -278,21 +278,13 @@ class Distillation:
             self._told = error
             error.add_note(self._states.keep_last_good(self._position, may_save=may_save))
 
-    def lost_while_stopping(self, stops: StopRequests, error: ClusterError) -> StopRequestedError:
-        """The error of a stop that has reached processes of the run as well."""
-        return self._endings.lost(stops, error)
-
-    def stopped_while_repairing(self, stops: StopRequests) -> StopRequestedError:
-        """The error of a stop that came while lost processes were replaced."""
-        return self._endings.while_repairing(stops)
-
     def finish(self, stops: StopRequests) -> dict[str, Any]:
         """Exports the generator, waits for the last validations and writes the summary.
 
         Raises:
             StopRequestedError: A stop was asked for; the last state is saved.
         """
-        with stops.ending_in(lambda: self._endings.while_finishing(stops)):
+        with stops.ending_in(lambda: self.endings.while_finishing(stops)):
             return self._finish()
 
     def _finish(self) -> dict[str, Any]:
@@ -352,7 +344,8 @@ class Distillation:
             self._validate(iteration, is_last)
 
     @property
-    def _endings(self) -> Endings:
+    def endings(self) -> Endings:
+        """Ends of the run before its last iteration."""
         return Endings(self._config, self._folder, self._states, self._exports, self._events)
 
     @property

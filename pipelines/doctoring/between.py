@@ -54,7 +54,7 @@ def transfer_findings(probes: Probes) -> list[Finding]:
     ranks = list(probes.machines)
     if len(ranks) < 2:
         return []
-    smallest = min(_store_bytes(machine) for machine in probes.machines.values())
+    smallest = min(machine.store_bytes for machine in probes.machines.values())
     num_bytes = int(min(_OBJECT_BYTES, smallest // _SHARE_OF_STORE))
     rates: dict[str, float] = {}
     for giver, taker in zip(ranks, [*ranks[1:], ranks[0]], strict=True):
@@ -161,7 +161,3 @@ def _reduce(probes: Probes, ranks: Sequence[int], gpus: Sequence[int]) -> list[F
     seconds = [one.seconds for one in done.values()]
     right = all(one.is_right for one in done.values())
     return [judge_reduction(kind, len(ranks), num_bytes, seconds, right)]
-
-
-def _store_bytes(machine: Machine) -> float:
-    return machine.total.get("object_store_memory", 0.0)

@@ -6,7 +6,6 @@
 A machine that does not answer costs its own findings. Every wait has an end.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,8 +67,7 @@ def _alone(probes: Probes, facts: dict[int, MachineFacts]) -> list[Finding]:
     for rank, found in facts.items():
         machine = probes.machines[rank]
         findings += [replace(one, machine=machine.name) for one in found.findings]
-        store_bytes = machine.total.get("object_store_memory", 0.0)
-        findings.append(judge_store(machine.name, store_bytes, found.shared_memory_bytes))
+        findings.append(judge_store(machine.name, machine.store_bytes, found.shared_memory_bytes))
         findings.append(judge_gpus(machine.name, machine.total.get("GPU", 0.0), found.num_gpus))
     return findings
 
@@ -92,7 +90,8 @@ def _storage_findings(probes: Probes, folder: str) -> list[Finding]:
         answers |= found_now
         failures += failed
     found = [replace(one, machine=name) for name, one in probes.by_name(answers).items()]
-    if "://" in folder or failures or len(answers) < 2 or not _all_good(found):
+    all_good = not failures and all(one.status is Status.GOOD for one in found)
+    if "://" in folder or len(answers) < 2 or not all_good:
         return [*found, *failures]
     return [*found, *_sharing_findings(probes, folder)]
 
@@ -137,7 +136,3 @@ def _model_findings(probes: Probes, model: str) -> list[Finding]:
         f"Copy the model there, or name one on a shared disk or in S3 ({kind} is read there)",
     )
     return [*failures, *([compare_models(model, probes.by_name(contents))] if contents else [])]
-
-
-def _all_good(findings: Sequence[Finding]) -> bool:
-    return all(finding.status is Status.GOOD for finding in findings)

@@ -360,16 +360,12 @@ def _require_no_way_out(output: Path, own_cache: Path | None) -> None:
         output: The folder.
         own_cache: The cache in it; None for one that the caller has named.
     """
-    sheets = [f"{_SHEET_FOLDER}/{path.name}" for path in _sheets_in(output)]
+    earlier = sorted((output / _SHEET_FOLDER).glob(f"{_SHEET_NAME}*"))
+    sheets = [f"{_SHEET_FOLDER}/{path.name}" for path in earlier]
     require_inside(output, EVALUATION_FILE, _SHEET_FOLDER, *sheets)
     if own_cache is not None:
         sets = [path.relative_to(output) for path in own_cache.glob("*")]
         require_inside(output, own_cache.name, *map(str, sets), option="--cache")
-
-
-def _sheets_in(folder: Path) -> list[Path]:
-    """Files of an earlier evaluation that are written anew."""
-    return sorted((folder / _SHEET_FOLDER).glob(f"{_SHEET_NAME}*"))
 
 
 def _device_name(options: EvaluationOptions) -> str:

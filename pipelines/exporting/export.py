@@ -150,7 +150,7 @@ def _export(
     require_safe_target(target, "--output", (run_or_model, source.base), attempted)
     _require_base(source, options, run_or_model)
     _require_rank(source, options)
-    before = _base_weights(source)
+    before = dict(source.family.load_denoiser(source.base).named_parameters())
     _require_same_shape(source, before)
     change = _difference(source.weights.items(), before)
     factors = _factors(source, options, before) if options.form in LORA_FORMATS else None
@@ -318,10 +318,6 @@ def _merged(before: Mapping[str, Tensor], factors: Factors) -> Iterator[tuple[st
     for name, value in before.items():
         each = factors.get(name.removesuffix(".weight"))
         yield name, value if each is None else value.float() + each.up @ each.down
-
-
-def _base_weights(source: TrainedGenerator) -> dict[str, Tensor]:
-    return dict(source.family.load_denoiser(source.base).named_parameters())
 
 
 def _lost(source: TrainedGenerator, options: ExportOptions, found: str) -> ModelFolderError:

@@ -167,7 +167,34 @@ class PretrainConfig(Section):
 
     def contradictions(self) -> Iterator[str]:
         """Sentences on settings that do not fit together."""
-        return _contradictions(self)
+        world, vae, text = self.world, self.vae, self.text
+        if world.num_frames < _FEWEST_FRAMES:
+            yield f"world.num_frames is {world.num_frames}, expected at least {_FEWEST_FRAMES}"
+        if text.num_heads > text.hidden_dim:
+            yield (
+                f"text.num_heads {text.num_heads} is more than text.hidden_dim {text.hidden_dim}, "
+                "whose channels they share"
+            )
+        if vae.folder is not None:
+            return
+        side = SPATIAL_FACTOR * vae.patch_size
+        fits = True
+        if (world.num_frames - 1) % TEMPORAL_FACTOR:
+            fits = False
+            expected = _frames_near(world.num_frames)
+            yield f"world.num_frames is {world.num_frames}, expected {expected}"
+        if world.frame_px % side:
+            fits = False
+            yield (
+                f"world.frame_px is {world.frame_px}, expected a multiple of {side}: "
+                f"vae.patch_size {vae.patch_size} times the {SPATIAL_FACTOR} that the autoencoder "
+                "packs into one"
+            )
+        yield from _autoencoder_problems(vae)
+        if fits:
+            frames = 1 + (world.num_frames - 1) // TEMPORAL_FACTOR
+            latents = (vae.latent_channels, frames, world.frame_px // side, world.frame_px // side)
+            yield from latent_problems(latents, self.denoiser.patch_size)
 
     def with_absolute_paths(self) -> Self:
         """The same run for Ray Train's workers, each of which works in a folder of its own."""
@@ -203,36 +230,6 @@ def latent_problems(latent_shape: Sequence[int], patch_size: Sequence[int]) -> I
             f"world.num_frames and world.frame_px give latents of {sizes}, more than {ROPE_LENGTH} "
             f"patches of {list(patch_size)} along one axis"
         )
-
-
-def _contradictions(config: PretrainConfig) -> Iterator[str]:
-    """Returns what is wrong between settings that are right one by one."""
-    world, vae, text = config.world, config.vae, config.text
-    if world.num_frames < _FEWEST_FRAMES:
-        yield f"world.num_frames is {world.num_frames}, expected at least {_FEWEST_FRAMES}"
-    if text.num_heads > text.hidden_dim:
-        yield (
-            f"text.num_heads {text.num_heads} is more than text.hidden_dim {text.hidden_dim}, "
-            "whose channels they share"
-        )
-    if vae.folder is not None:
-        return
-    side = SPATIAL_FACTOR * vae.patch_size
-    fits = True
-    if (world.num_frames - 1) % TEMPORAL_FACTOR:
-        fits = False
-        yield f"world.num_frames is {world.num_frames}, expected {_frames_near(world.num_frames)}"
-    if world.frame_px % side:
-        fits = False
-        yield (
-            f"world.frame_px is {world.frame_px}, expected a multiple of {side}: vae.patch_size "
-            f"{vae.patch_size} times the {SPATIAL_FACTOR} that the autoencoder packs into one"
-        )
-    yield from _autoencoder_problems(vae)
-    if fits:
-        frames = 1 + (world.num_frames - 1) // TEMPORAL_FACTOR
-        latents = (vae.latent_channels, frames, world.frame_px // side, world.frame_px // side)
-        yield from latent_problems(latents, config.denoiser.patch_size)
 
 
 def _autoencoder_problems(vae: VaeSettings) -> Iterator[str]:
