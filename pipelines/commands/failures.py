@@ -4,7 +4,8 @@
               1     a run failed on the way, something necessary is missing (doctor), a set of
                     shards is not usable (check), a set lacks a whole tar or shard of its source
                     (prepare, encode), samples were lost or repeated (ledger)
-              2     the request was wrong: an option, a setting, a folder, a shard
+              2     the request was wrong: an option, a setting, a folder, a shard; or more of the
+                    data is bad than the request allows, so the same command would stop again
               128 + n   stopped by the signal n: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1;
                     a run has saved its state then
     a job that is followed (submit) ends with the exit code of its command

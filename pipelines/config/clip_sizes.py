@@ -1,5 +1,6 @@
 """Sizes of a recipe's clips against the networks: shapes of latents, or a refusal."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
@@ -9,6 +10,8 @@ from workers.models.family import SamplingRules
 from workers.models.folder import LatentShape
 from workers.network_settings import ComputeSettings
 from workers.settings import VideoSettings
+
+_log = logging.getLogger(__name__)
 
 
 class SizedSections(Protocol):
@@ -56,6 +59,8 @@ def trained_shapes(
 def require_samplable(video: VideoSettings, rules: SamplingRules) -> None:
     """Checks that clips of every bucket can be sampled from the exported folder.
 
+    Of the run's own size it warns alone: training and validations do without the pipeline.
+
     Args:
         video: Section `video`.
         rules: Of the family's pipeline.
@@ -72,6 +77,16 @@ def require_samplable(video: VideoSettings, rules: SamplingRules) -> None:
                 f"height and width to be multiples of {step} ({rules.source}'s rule)",
                 f"Correct video.buckets[{number}], {bucket.label}",
             )
+    if video.height % step or video.width % step:
+        _log.warning(
+            "%s samples heights and widths that are multiples of %d: it will refuse the generator "
+            "at its own %dx%d, and so will sgmd generate; set video.height and video.width to be "
+            "able to use it",
+            rules.source,
+            step,
+            video.height,
+            video.width,
+        )
 
 
 def compiled_sizes(config: SizedSections) -> Iterator[str]:

@@ -385,7 +385,12 @@ def _held_out(config: DistillConfig) -> tuple[str, ...]:
     wanted, score = config.validation.num_captions, config.checkpoint.score
     data = config.data
     captions = first_captions(
-        data.validation, data.s3, config.seed, wanted, data.validation_columns or data.columns
+        data.validation,
+        data.s3,
+        config.seed,
+        wanted,
+        data.validation_columns or data.columns,
+        setting="validation.num_captions={}",
     )
     if config.checkpoint.keep_best:
         require_readable(score, captions, f"ranking checkpoints by {score}", "checkpoint.score")

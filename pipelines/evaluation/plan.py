@@ -330,7 +330,8 @@ def _captions(
         if folder == config.data.validation:
             names = config.data.validation_columns or config.data.columns
     if options.num_captions is not None:
-        return first_captions(folder, s3, options.seed, options.num_captions, names)
+        wanted, setting = options.num_captions, "--num-captions {}"
+        return first_captions(folder, s3, options.seed, wanted, names, setting=setting)
     found = first_captions(folder, s3, options.seed, _MOST_CAPTIONS, names, _FEWEST_CAPTIONS)
     if len(found) < _MOST_CAPTIONS:
         _log.warning(

@@ -12,10 +12,13 @@ def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
         before: Recorded values by dotted key.
         now: Values now.
     """
+    keys = sorted({*before, *now})
+    # A section in place of null: its own keys are told.
+    sections = {key for key in keys for other in keys if other.startswith(f"{key}.")}
     return [
         f"{key} is {format_value(now, key)}, and was {format_value(before, key)}"
-        for key in sorted({*before, *now})
-        if format_value(before, key) != format_value(now, key)
+        for key in keys
+        if key not in sections and format_value(before, key) != format_value(now, key)
     ]
 
 

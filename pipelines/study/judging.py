@@ -44,7 +44,8 @@ def study_captions(config: DistillConfig) -> tuple[str, ...]:
     """
     data = config.data
     names = data.validation_columns or data.columns
-    return first_captions(data.validation, data.s3, config.seed, config.study.num_captions, names)
+    wanted, setting = config.study.num_captions, "study.num_captions={}"
+    return first_captions(data.validation, data.s3, config.seed, wanted, names, setting=setting)
 
 
 class StudyEvaluator:

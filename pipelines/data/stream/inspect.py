@@ -178,6 +178,10 @@ def first_texts(
     return found
 
 
+_FEWEST = 2
+"""Captions that can be measured with; settings ask for as many at least."""
+
+
 def first_captions(
     url: str,
     s3: S3Settings,
@@ -185,6 +189,7 @@ def first_captions(
     wanted: int,
     names: ColumnNames = ColumnNames(),
     at_least: int | None = None,
+    setting: str = "",
 ) -> tuple[str, ...]:
     """The first captions of a folder's seeded order, to validate or evaluate with.
 
@@ -199,6 +204,7 @@ def first_captions(
         names: Names of the set's columns.
         at_least: All are taken where there are fewer than `wanted` and no fewer than these; None:
             fewer are an error.
+        setting: Words that set `wanted`, for the error; `{}` is the number.
 
     Raises:
         DataError: The folder cannot be read, or a row met on the way cannot be used.
@@ -227,7 +233,8 @@ def first_captions(
                     f"choosing {least} captions from {url}",
                     f"{num_rows} rows",
                     f"at least {least}",
-                    "Ask for fewer captions (validation.num_captions or study.num_captions of a"
-                    " recipe, --num-captions of `sgmd evaluate`), or add some",
+                    f"Set {setting.format(num_rows)}, or add captions"
+                    if setting and num_rows >= _FEWEST
+                    else f"Add captions; {_FEWEST} are the fewest to measure with",
                 )
     return tuple(found)

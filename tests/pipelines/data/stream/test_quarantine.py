@@ -302,8 +302,8 @@ def test_a_first_look_refuses_a_folder_whose_shards_all_lack_a_column(tmp_path: 
 
 def test_held_out_captions_are_all_good_or_refused(folder: Path) -> None:
     assert len(set(first_captions(str(folder), S3Settings(), 0, NUM_GOOD))) == NUM_GOOD
-    with pytest.raises(ConfigError, match=r"30 rows.*at least 31"):
-        first_captions(str(folder), S3Settings(), 0, 31)
+    with pytest.raises(ConfigError, match=r"30 rows.*at least 31.*Set validation.num_captions=30"):
+        first_captions(str(folder), S3Settings(), 0, 31, setting="validation.num_captions={}")
     everything = first_captions(str(folder), S3Settings(), 0, NUM_GOOD)
     assert first_captions(str(folder), S3Settings(), 0, 70, at_least=2) == everything
     with pytest.raises(ConfigError, match=r"30 rows.*at least 31"):
