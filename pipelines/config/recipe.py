@@ -34,17 +34,19 @@ from pipelines.config.digest import deciding_settings_of
 from pipelines.config.experts import expert_contradictions, phases_in
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.guards import GuardSettings
-from pipelines.config.guidance_norm import split_factors
-from pipelines.config.guided_strides import unlearned_guidance
 from pipelines.config.lag import LagSettings
-from pipelines.config.listed_steps import odd_ends
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.model_folders import model_address, model_on_this_machine, models_of_roles
 from pipelines.config.overrides import Override, apply_overrides, require_single
 from pipelines.config.recovery import RecoverySettings
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, ROLES, TEACHER
-from pipelines.config.score_levels import collapsing_levels
 from pipelines.config.section import Section
+from pipelines.config.seldom_meant import (
+    collapsing_levels,
+    odd_ends,
+    split_factors,
+    unlearned_guidance,
+)
 from pipelines.config.sequence import sequence_contradictions
 from pipelines.config.shuffled import part_contradictions, shuffling_contradictions
 from pipelines.config.steps import step_contradictions

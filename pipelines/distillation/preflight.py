@@ -21,11 +21,14 @@ from pipelines.data.stream.inspect import (
     inspect_folder,
 )
 from pipelines.data.stream.source import Source
-from pipelines.distillation.adversary_check import check_adversary
-from pipelines.distillation.expert_check import check_expert
 from pipelines.distillation.iteration_plan import program_of, stage_seconds
-from pipelines.distillation.latents_check import require_latents
-from pipelines.distillation.phase_check import check_phases
+from pipelines.distillation.method_checks import (
+    check_adversary,
+    check_expert,
+    check_phases,
+    check_transition,
+    require_latents,
+)
 from pipelines.distillation.teacher_check import check_teacher
 from pipelines.distillation.text_check import (
     LookedAtSet,
@@ -39,7 +42,6 @@ from pipelines.distillation.training_sets import (
     takes_sizes_from_data,
     training_sets,
 )
-from pipelines.distillation.transition_check import check_transition
 from pipelines.planning.stored_text import StoredText
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.places import shared_place

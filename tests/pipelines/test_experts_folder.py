@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipelines.config.recipe import load_recipe
-from pipelines.distillation.phase_check import check_phases
+from pipelines.distillation.method_checks import check_phases
 from pipelines.experts import make_experts
 from sgmd_core.errors import ConfigError
 from sgmd_core.rollout import euler_sample
