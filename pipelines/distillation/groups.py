@@ -183,10 +183,11 @@ class _LocalOpener:
         return LocalWorkerGroup(name, [factory(*args) for _ in range(team.size)])
 
 
+@dataclass(frozen=True)
 class _RayOpener:
     """Makes groups of Ray actors.
 
-    Args:
+    Attributes:
         placement: Reserved resources.
         narrow: Kinds of tensors that are rounded on the way.
         direct: What the roles send one another past the object store; None: nothing.
@@ -196,46 +197,36 @@ class _RayOpener:
         scheduled: Roles that send one another results.
     """
 
-    def __init__(
-        self,
-        placement: "Placement",
-        narrow: frozenset[str],
-        direct: Direct | None,
-        shared: "Mapping[str, Hosts]",
-        service: str = "",
-        borrower: str = "",
-        scheduled: tuple[str, ...] = (),
-    ) -> None:
-        self._placement = placement
-        self._narrow = narrow
-        self._direct = direct
-        self._shared = shared
-        self._service = service
-        self._borrower = borrower
-        self._scheduled = scheduled
+    placement: "Placement"
+    narrow: frozenset[str]
+    direct: Direct | None
+    shared: "Mapping[str, Hosts]"
+    service: str = ""
+    borrower: str = ""
+    scheduled: tuple[str, ...] = ()
 
     def open(
         self, name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], team: Team
     ) -> WorkerGroup[W]:
         from cluster.ray.group import RayWorkerGroup
 
-        if self._service and name in BORROWED:
+        if self.service and name in BORROWED:
             from cluster.ray.service import BorrowedHosts
 
-            lent = BorrowedHosts(self._service, name, team.size, self._borrower)
-            return RayWorkerGroup(name, factory, args, lent, narrow=self._narrow)
+            lent = BorrowedHosts(self.service, name, team.size, self.borrower)
+            return RayWorkerGroup(name, factory, args, lent, narrow=self.narrow)
         if team.homes:
-            hosts = [self._shared[home.pool] for home in team.homes]
-            return RayWorkerGroup(name, factory, args, hosts, narrow=self._narrow)
+            hosts = [self.shared[home.pool] for home in team.homes]
+            return RayWorkerGroup(name, factory, args, hosts, narrow=self.narrow)
         return RayWorkerGroup(
             name,
             factory,
             args,
-            self._placement,
+            self.placement,
             collective=team.ranks > 1,
             replicas=team.replicas,
-            narrow=self._narrow,
-            direct=self._direct if name in self._scheduled else None,
+            narrow=self.narrow,
+            direct=self.direct if name in self.scheduled else None,
         )
 
 

@@ -12,7 +12,7 @@
 None of them changes what is trained. What they cost in time is in the plan that is made with them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, ROLES, TEACHER
@@ -37,14 +37,9 @@ class Saving:
     apply: Callable[[Workload], Workload]
 
 
-def known_savings() -> tuple[Saving, ...]:
-    """All changes, the cheapest first."""
-    return _SAVINGS
-
-
 def savings(work: Workload) -> Iterator[Saving]:
     """Changes that a workload has not made yet, the cheapest first."""
-    for saving in _SAVINGS:
+    for saving in SAVINGS:
         if saving.apply(work) != work:
             yield saving
 
@@ -65,7 +60,7 @@ class Saved:
 def all_savings(work: Workload) -> list[Saved]:
     """Every iteration that some of the savings make of one, the fewest settings for each."""
     found = [Saved(work)]
-    for saving in _SAVINGS:
+    for saving in SAVINGS:
         for one in found[:]:
             more = saving.apply(one.work)
             # Without it first: a setting that this one overrides is not named beside it.
@@ -132,7 +127,12 @@ def _of_learners(key: str) -> tuple[str, ...]:
     return tuple(f"{role}.{key}" for role in (GENERATOR, FAKE_SCORE))
 
 
-_SAVINGS = (
+def _checkpointing(work: Workload, roles: Collection[str]) -> Workload:
+    own = frozenset(roles)
+    return replace(work, checkpointing=work.checkpointing | own, selective=work.selective - own)
+
+
+SAVINGS = (
     Saving(
         ("teacher.batched_guidance=false",),
         lambda work: replace(work, in_turn=True) if work.guided else work,
@@ -149,35 +149,23 @@ _SAVINGS = (
     ),
     Saving(
         _of_learners("compute.checkpointing=true"),
-        lambda work: replace(
-            work,
-            checkpointing=work.checkpointing | _LEARNERS,
-            selective=work.selective - _LEARNERS,
-        ),
+        lambda work: _checkpointing(work, _LEARNERS),
     ),
     Saving(
         ("discriminator.compute.precision=bf16", "discriminator.compute.weights=bf16"),
         lambda work: (
-            work
-            if work.heads is None
-            else replace(
+            replace(
                 work,
                 bf16=work.bf16 | {DISCRIMINATOR},
                 heads=replace(work.heads, weights="bf16"),
             )
+            if work.heads
+            else work
         ),
     ),
     Saving(
         ("discriminator.compute.checkpointing=true",),
-        lambda work: (
-            work
-            if work.heads is None
-            else replace(
-                work,
-                checkpointing=work.checkpointing | {DISCRIMINATOR},
-                selective=work.selective - {DISCRIMINATOR},
-            )
-        ),
+        lambda work: _checkpointing(work, {DISCRIMINATOR}) if work.heads else work,
     ),
     Saving(
         ("generator.ema_device=cpu",),
@@ -190,10 +178,7 @@ _SAVINGS = (
     Saving(
         _of_learners("compute.checkpointing=offload"),
         lambda work: replace(
-            work,
-            checkpointing=work.checkpointing | _LEARNERS,
-            selective=work.selective - _LEARNERS,
-            offloading=work.offloading | _LEARNERS,
+            _checkpointing(work, _LEARNERS), offloading=work.offloading | _LEARNERS
         ),
     ),
     Saving(
@@ -209,3 +194,4 @@ _SAVINGS = (
         ),
     ),
 )
+"""All changes, the cheapest first."""

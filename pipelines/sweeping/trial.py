@@ -249,37 +249,30 @@ def _distill(
     reporter.report(lines[-1])
 
 
+@dataclass(frozen=True)
 class _Reporter(RunObserver):
     """Tells Tune of every validation but the last, which is told once the run has ended."""
 
-    def __init__(
-        self,
-        sweep: CommonToTrials,
-        config: DistillConfig,
-        folder: RunFolder,
-        settings: Mapping[str, Any],
-        name: str,
-    ) -> None:
-        self._sweep = sweep
-        self._config = config
-        self._folder = folder
-        self._settings = dict(settings)
-        self._name = name
+    sweep: CommonToTrials
+    config: DistillConfig
+    folder: RunFolder
+    settings: Mapping[str, Any]
+    name: str
 
     def validation(self, record: ValidationRecord, samples: Path) -> None:
         """Reports its figures; the scheduler may end the trial here."""
-        if record.iteration < self._config.iterations:
+        if record.iteration < self.config.iterations:
             self.report(record.to_json())
 
     def report(self, line: Mapping[str, Any]) -> None:
         """Reports a line of validation.jsonl, which is at the run's address by then."""
-        publish_now(self._folder.root)
-        first, searched = self._sweep.first_iteration, self._sweep.config.sweep.objectives
+        publish_now(self.folder.root)
+        first, searched = self.sweep.first_iteration, self.sweep.config.sweep.objectives
         if line["iteration"] <= first:
             return
         seconds = (
             each["seconds"]["total"]
-            for each in read_jsonl(self._folder.metrics)
+            for each in read_jsonl(self.folder.metrics)
             if first <= each["iteration"] < line["iteration"]
         )
         values = {name: line["figures"].get(name, math.nan) for name in searched}
@@ -290,20 +283,20 @@ class _Reporter(RunObserver):
             "intervals": dict(line["intervals"]),
             "influences": dict(line["influences"]),
             "iteration": line["iteration"] - first,
-            CLOCK: line["iteration"] - first - (line["iteration"] >= self._config.iterations),
+            CLOCK: line["iteration"] - first - (line["iteration"] >= self.config.iterations),
             "seconds": sum(seconds),
-            "settings": self._settings,
-            "run_folder": str(self._folder),
+            "settings": dict(self.settings),
+            "run_folder": str(self.folder),
         }
-        if self._sweep.config.sweep.search != "pb2":
+        if self.sweep.config.sweep.search != "pb2":
             tune.report(result)
             return
         with tempfile.TemporaryDirectory() as folder:
             state = {
-                "trial": self._name,
-                "settings": self._settings,
+                "trial": self.name,
+                "settings": dict(self.settings),
                 "iteration": line["iteration"],
-                "run_folder": str(self._folder),
+                "run_folder": str(self.folder),
             }
             write_json(str(Path(folder) / _STATE_FILE), state)
             tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import ROLES
-from pipelines.planning.savings import known_savings
+from pipelines.planning.savings import SAVINGS
 from pipelines.planning.stage_times import measured
 from pipelines.planning.workload import Workload
 from tests.benchmarks.on_gpu import (
@@ -241,7 +241,7 @@ def test_a_truth_sees_a_difference_a_nan_and_a_failure():
 def test_every_saving_that_a_plan_proposes_is_measured_unless_the_recipe_has_it():
     measured = memory_settings.settings_of(cases.Case("tiny", 5, "cpu"))
     plain = load_recipe("wan21-1.3b")
-    for saving in known_savings():
+    for saving in SAVINGS:
         if all(setting.startswith("discriminator.") for setting in saving.settings):
             continue  # The recipe's method has none.
         has = load_recipe("wan21-1.3b", saving.settings) == plain

@@ -12,7 +12,7 @@ lies and however its row groups are cut.
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from uuid import UUID
@@ -148,14 +148,7 @@ class ColumnMap:
 
     def in_words(self) -> str:
         """One line that names all columns that are not our own; empty where all are."""
-        found = [
-            f"{name} is column {stored}"
-            for name, stored in self.stored.items()
-            if stored not in (None, name)
-        ]
-        if self.stored.get(SAMPLE_ID, SAMPLE_ID) is None:
-            found.append("ids are derived from file and row (no column sample_id)")
-        return printable("; ".join(found))
+        return printable("; ".join(self._found(all_of_them=False)))
 
     def in_full(self, names: Sequence[str]) -> str:
         """One line that names the column of each of ours, and what is left of a shard's columns.
@@ -166,15 +159,16 @@ class ColumnMap:
         others = [name for name in dict.fromkeys(names) if name not in self.sources]
         if not self.in_words() and not others:
             return ""
-        found = [
-            f"{name} is column {stored}"
-            for name, stored in self.stored.items()
-            if stored is not None
-        ]
-        if self.stored.get(SAMPLE_ID, SAMPLE_ID) is None:
-            found.append("ids are derived from file and row (no column sample_id)")
         left = [f"not read: {_shown(others)}"] if others else []
-        return printable("; ".join([*found, *left]))
+        return printable("; ".join([*self._found(all_of_them=True), *left]))
+
+    def _found(self, *, all_of_them: bool) -> Iterator[str]:
+        """Says which column is which, where its name is not our own or of all of them."""
+        for name, stored in self.stored.items():
+            if stored is not None and (all_of_them or stored != name):
+                yield f"{name} is column {stored}"
+        if self.stored.get(SAMPLE_ID, SAMPLE_ID) is None:
+            yield "ids are derived from file and row (no column sample_id)"
 
 
 def map_columns(schema: pa.Schema, names: ColumnNames, wanted: Sequence[str]) -> ColumnMap | Fault:

@@ -10,7 +10,7 @@ a server that is down are told before anything starts. No error shows a key.
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -150,8 +150,8 @@ def data_error(attempted: str, error: BaseException) -> DataError:
     found = without_secrets(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}")
     if isinstance(error, FileNotFoundError) and error.filename:
         found = without_secrets(f"no such file or folder: {error.filename}")
-    for is_it, expected, remedy in _DIAGNOSES:
-        if is_it(error, text):
+    for is_it, expected, remedy in _diagnoses(error, text):
+        if is_it:
             return DataError(attempted, found, expected, remedy)
     return DataError(
         attempted,
@@ -161,97 +161,51 @@ def data_error(attempted: str, error: BaseException) -> DataError:
     )
 
 
-def _is_missing_file(error: BaseException, text: str) -> bool:
-    return isinstance(error, FileNotFoundError | NotADirectoryError)
-
-
-def _is_local_rights(error: BaseException, text: str) -> bool:
-    # s3fs raises PermissionError without a number.
-    return isinstance(error, PermissionError) and error.errno is not None
-
-
-def _is_full_disk(error: BaseException, text: str) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _is_checksum(error: BaseException, text: str) -> bool:
-    return isinstance(error, boto.HTTPClientError | boto.BotoCoreError) and "checksum" in text
-
-
-def _is_missing_bucket(error: BaseException, text: str) -> bool:
-    # s3fs raises it without a number; a local path may have the word in its name.
-    is_remote = isinstance(error, FileNotFoundError) and error.errno is None
-    return is_remote and "bucket" in text.lower()
-
-
-def _is_keys(error: BaseException, text: str) -> bool:
-    missing = (boto.NoCredentialsError, boto.PartialCredentialsError)
-    return isinstance(error, (PermissionError, *missing))
-
-
-def _is_endpoint(error: BaseException, text: str) -> bool:
-    if isinstance(error, boto.ConnectionError | boto.HTTPClientError):
-        return True
-    # A network mount that hangs raises TimeoutError too; the system's has a number.
-    return isinstance(error, ConnectionError) or (
-        isinstance(error, TimeoutError) and error.errno is None
-    )
-
-
-def _is_http(error: BaseException, text: str) -> bool:
-    return isinstance(error, ClientError)
-
-
-def _is_busy(error: BaseException, text: str) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EREMOTEIO)
-
-
-# The first that fits is told: (is it this?, what was expected, what to do).
-_DIAGNOSES: tuple[tuple[Callable[[BaseException, str], bool], str, str], ...] = (
-    (
-        _is_checksum,
+def _diagnoses(error: BaseException, text: str) -> Iterator[tuple[bool, str, str]]:
+    """(is it this?, what was expected, what to do); the first that fits is told."""
+    number = error.errno if isinstance(error, OSError) else None
+    yield (
+        isinstance(error, boto.HTTPClientError | boto.BotoCoreError) and "checksum" in text,
         "checksums that agree",
         "Some S3 servers do not know the newer checksums: set AWS_REQUEST_CHECKSUM_CALCULATION and "
         "AWS_RESPONSE_CHECKSUM_VALIDATION to when_required",
-    ),
-    (
-        _is_missing_bucket,
+    )
+    # s3fs raises it without a number; a local path may have the word in its name.
+    yield (
+        isinstance(error, FileNotFoundError) and number is None and "bucket" in text.lower(),
         "a bucket of that name on this server",
         "Check the address, AWS_ENDPOINT_URL, and make the bucket if it is yours to make",
-    ),
-    (
-        _is_missing_file,
+    )
+    yield (
+        isinstance(error, FileNotFoundError | NotADirectoryError),
         "a file or folder that is there",
         "Check the address",
-    ),
-    (
-        _is_local_rights,
+    )
+    # s3fs raises PermissionError without a number.
+    yield (
+        isinstance(error, PermissionError) and number is not None,
         "a file or folder that this user may use",
         "Check its owner and its permissions",
-    ),
-    (
-        _is_full_disk,
+    )
+    yield (
+        number in (errno.ENOSPC, errno.EDQUOT),
         "room on the disk",
         "Free some space, or choose another folder",
-    ),
-    (
-        _is_keys,
+    )
+    missing = (boto.NoCredentialsError, boto.PartialCredentialsError)
+    yield (
+        isinstance(error, (PermissionError, *missing)),
         "keys that the server knows and that may list and read here",
         "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN) and their rights",
-    ),
-    (
-        _is_http,
-        "a server that answers",
-        "Check the address and the network",
-    ),
-    (
-        _is_endpoint,
-        "a server that answers",
-        "Check AWS_ENDPOINT_URL and the network",
-    ),
-    (
-        _is_busy,
+    )
+    answers = "a server that answers"
+    yield isinstance(error, ClientError), answers, "Check the address and the network"
+    # A network mount that hangs raises TimeoutError too; the system's has a number.
+    is_late = isinstance(error, TimeoutError) and number is None
+    unreached = (boto.ConnectionError, boto.HTTPClientError, ConnectionError)
+    yield is_late or isinstance(error, unreached), answers, "Check AWS_ENDPOINT_URL and the network"
+    yield (
+        number in (errno.EBUSY, errno.EREMOTEIO),
         "a server that is not overloaded or failing",
         "Try again later, or have fewer processes read at once",
-    ),
-)
+    )
