@@ -53,19 +53,7 @@ def make_transition(
     require_safe_target(target, "DST", (folder,), attempted)
     if components not in ("link", "copy"):
         raise ConfigError(attempted, f"--components {components}", "link or copy")
-    if not is_count(num_steps, MAX_STEPS) or not is_shift(shift):
-        raise ConfigError(
-            attempted,
-            f"--steps {num_steps} with --shift {shift:g}",
-            f"1 to {MAX_STEPS} steps and a finite shift above 0",
-        )
-    if not starts_as_its_head(inner_grid(num_steps, shift)):
-        raise ConfigError(
-            attempted,
-            f"--steps {num_steps} with --shift {shift:g}, whose last step starts below 0.5",
-            "inner steps that all start from 0.5 on, so that the folder samples as its base does",
-            "Take fewer steps, or a larger shift",
-        )
+    _require_inner_steps(attempted, num_steps, shift)
     family = family_of(folder)
     if family.name != "wan":
         raise ConfigError(attempted, f"a model of the family {family.name}", "one of wan")
@@ -83,3 +71,20 @@ def make_transition(
         write_inference_settings(draft, read_inference_settings(folder))
         family_of(draft).inspect(draft)
     return target
+
+
+def _require_inner_steps(attempted: str, num_steps: int, shift: float) -> None:
+    """Refuses numbers that are no inner steps, and steps that would not sample as the base does."""
+    if not is_count(num_steps, MAX_STEPS) or not is_shift(shift):
+        raise ConfigError(
+            attempted,
+            f"--steps {num_steps} with --shift {shift:g}",
+            f"1 to {MAX_STEPS} steps and a finite shift above 0",
+        )
+    if not starts_as_its_head(inner_grid(num_steps, shift)):
+        raise ConfigError(
+            attempted,
+            f"--steps {num_steps} with --shift {shift:g}, whose last step starts below 0.5",
+            "inner steps that all start from 0.5 on, so that the folder samples as its base does",
+            "Take fewer steps, or a larger shift",
+        )

@@ -202,13 +202,7 @@ def euler_sample(
     Raises:
         ConfigError: guidance is asked for without a negative caption.
     """
-    if negative is None and guidance_scale != 1.0:
-        raise ConfigError(
-            "sampling with guidance",
-            f"guidance scale {guidance_scale} and no negative caption",
-            "the embedding of a negative caption, which may be the empty one",
-            "Encode it, or set the guidance scale to 1",
-        )
+    _require_negative(negative, guidance_scale)
     x_t = initial_noise
     for step in range(grid.shape[-1] - 1):
         sigma = _level(grid, step, x_t)
@@ -230,6 +224,16 @@ def euler_sample(
         if on_step is not None:
             on_step(step + 1)
     return x_t
+
+
+def _require_negative(negative: NegativeText | None, guidance_scale: float) -> None:
+    if negative is None and guidance_scale != 1.0:
+        raise ConfigError(
+            "sampling with guidance",
+            f"guidance scale {guidance_scale} and no negative caption",
+            "the embedding of a negative caption, which may be the empty one",
+            "Encode it, or set the guidance scale to 1",
+        )
 
 
 def renoised(

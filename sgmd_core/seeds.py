@@ -87,28 +87,19 @@ def draw(
         num_steps = rollout_steps(seed, key, random_steps)
     exits_at = exit_of(seed, key, num_steps, first_exit, phase)
     grid = _grid(seed, key, sample_indices, schedule, num_steps, random_steps)
-    if phase is None:
-        # Levels of a random grid are each sample's own, and bound no window.
-        levels_of = schedule.score_levels(grid[0] if random_steps is None else None, exits_at)
-        sigma_of = schedule.score_sigma
-    else:
-        levels_of = phase.levels_for(key.purpose)
-        sigma_of = schedule.score_sigma if phase.is_expert else schedule.table_sigma
-    initial_noise: list[Tensor] = []
-    levels: list[Tensor] = []
-    noise: list[Tensor] = []
-    for index in sample_indices:
-        stream = random_generator(seed, f"samples/{key.purpose}", key.iteration, index)
-        initial_noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
-        levels.append(torch.randint(*levels_of, (1,), generator=stream))
-        noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
-    streams = _LookStreams(seed, key, tuple(sample_indices), latent_shape)
+    # Levels of a random grid are each sample's own, and bound no window.
+    bounds = grid[0] if random_steps is None else None
+    levels_of = phase.levels_for(key.purpose) if phase else schedule.score_levels(bounds, exits_at)
+    has_own_table = phase is not None and not phase.is_expert
+    sigma_of = schedule.table_sigma if has_own_table else schedule.score_sigma
+    streams = _SampleStreams(seed, key, tuple(sample_indices), latent_shape)
+    own = streams.own(levels_of)
     looks = looks or Looks()
     return Draws(
-        initial_noise=torch.stack(initial_noise),
+        initial_noise=own.initial_noise,
         exit_step=exits_at,
-        sigma=sigma_of(torch.cat(levels)),
-        noise=torch.stack(noise),
+        sigma=sigma_of(own.levels),
+        noise=own.noise,
         grid=None if random_steps is None else grid,
         guide=streams.guide(grid[:, exits_at]) if looks.splits_guidance else None,
         off=streams.off(schedule) if looks.off_trajectory else None,
@@ -137,13 +128,33 @@ def _grid(
 
 
 @dataclass(frozen=True, slots=True)
-class _LookStreams:
-    """Draws of the looks of a micro-batch; every sample has a stream for each."""
+class _OwnDraws:
+    """Initial noise, raw score level and score noise of each sample of a micro-batch."""
+
+    initial_noise: Tensor
+    levels: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _SampleStreams:
+    """Draws of a micro-batch by sample; every sample has its own stream, and one for each look."""
 
     seed: int
     key: MicroBatchKey
     sample_indices: tuple[int, ...]
     latent_shape: tuple[int, int, int, int]
+
+    def own(self, levels_of: tuple[int, int]) -> _OwnDraws:
+        """Draws from the samples' own streams; raw levels in levels_of[0] .. levels_of[1] - 1."""
+        initial_noise: list[Tensor] = []
+        levels: list[Tensor] = []
+        noise: list[Tensor] = []
+        for stream in self._streams("samples"):
+            initial_noise.append(self._noise(stream))
+            levels.append(torch.randint(*levels_of, (1,), generator=stream))
+            noise.append(self._noise(stream))
+        return _OwnDraws(torch.stack(initial_noise), torch.cat(levels), torch.stack(noise))
 
     def guide(self, exit_sigma: PerSample) -> Look:
         """Guidance is looked at uniformly between no noise and that of the exit step."""

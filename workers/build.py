@@ -285,20 +285,8 @@ def build_evaluator(
     """
     torch.set_num_threads(num_threads)
     latent_shape = _latent_shape(model, video)
-    adapted = None
     dtype = DTYPES[precision if generator is None else generator.compute.precision]
-    if generator is None or generator.lora is None:
-        network = _denoiser(model, dtype)
-        _train_alone(network, model)
-    else:
-        base = _base(model, generator.compute, whole=True)
-        network, adapted = view_of(base), view_of(base)
-        _train_alone(adapted, model)
-        # Their draws do not matter: the trained ones take their place.
-        add_adapters(adapted, generator.lora, 0, "evaluator")
-    if teacher is not None:
-        adapted = adapted or network
-        network = _denoiser(replace(model, folder=teacher), dtype)
+    network, adapted = _sampled_networks(model, generator, teacher, dtype)
     embedder = None if stored else _captions(model)
     cells, patch = latent_shape[1:], network.patch_size
     tokens = prod(-(-size // own) for size, own in zip(cells, patch, strict=True))
@@ -313,6 +301,29 @@ def build_evaluator(
         adapted,
         None if embedder is None else embedder.network,
     )
+
+
+def _sampled_networks(
+    model: ModelSettings,
+    generator: GeneratorSettings | None,
+    teacher: str | None,
+    dtype: torch.dtype,
+) -> tuple[Denoiser, Denoiser | None]:
+    """The base that an evaluator samples, and the network that takes trained weights if another."""
+    adapted = None
+    if generator is None or generator.lora is None:
+        network = _denoiser(model, dtype)
+        _train_alone(network, model)
+    else:
+        base = _base(model, generator.compute, whole=True)
+        network, adapted = view_of(base), view_of(base)
+        _train_alone(adapted, model)
+        # Their draws do not matter: the trained ones take their place.
+        add_adapters(adapted, generator.lora, 0, "evaluator")
+    if teacher is not None:
+        adapted = adapted or network
+        network = _denoiser(replace(model, folder=teacher), dtype)
+    return network, adapted
 
 
 def _denoiser(model: ModelSettings, dtype: torch.dtype = torch.float32) -> Denoiser:

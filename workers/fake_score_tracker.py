@@ -132,12 +132,7 @@ class FakeScoreTracker(ExtraUpdates):
         """
         self._optimizer.require_current(query.key.iteration, "scoring a micro-batch")
         self._restarts.before(query.key.iteration)
-        if teacher.key != query.key:
-            raise StaleCallError(
-                f"scoring {query.key}",
-                f"a teacher's prediction for {teacher.key}",
-                "a prediction at the same query",
-            )
+        _require_same_query(query, teacher)
         device = device_of(self._network)
         query = query_on(query, device)
         x0 = query.x0.detach().requires_grad_()
@@ -397,6 +392,15 @@ class FakeScoreTracker(ExtraUpdates):
         constant = detached(query_on(query, device_of(self._network)))
         velocity_fake = self._network(constant.x_t, constant.sigma, constant.text)
         return KeptForward(constant, velocity_fake)
+
+
+def _require_same_query(query: NoisedBatch, teacher: TeacherPrediction) -> None:
+    if teacher.key != query.key:
+        raise StaleCallError(
+            f"scoring {query.key}",
+            f"a teacher's prediction for {teacher.key}",
+            "a prediction at the same query",
+        )
 
 
 @contextmanager

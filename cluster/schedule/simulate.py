@@ -203,12 +203,7 @@ def simulate(
     spans: list[Span] = []
     processes = [teams[call.role].process(call.role, call.rank) for call in calls]
     free = dict[Process, int]()
-    handed_on = {
-        taken
-        for place, call in enumerate(calls)
-        for taken in call.inputs
-        if processes[taken] != processes[place]
-    }
+    handed_on = _handed_on(calls, processes)
     first_of, last_of = list(range(len(calls))), list(range(len(calls)))
     for chain in () if apart else join_calls(calls, teams):
         for place in chain:
@@ -251,6 +246,16 @@ def simulate(
             end_s += costs.result_bytes(call) / costs.put_bandwidth * (len(spans) in handed_on)
             spans.append(Span(call, issued_s, ready_s, start_s, end_s, cause, after))
     return Timeline(tuple(spans), tuple(processes))
+
+
+def _handed_on(calls: Sequence[Call], processes: Sequence[Process]) -> set[int]:
+    """Places of the calls whose result another process takes."""
+    return {
+        taken
+        for place, call in enumerate(calls)
+        for taken in call.inputs
+        if processes[taken] != processes[place]
+    }
 
 
 def in_sequence(calls: Sequence[Call]) -> list[Call]:

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,6 +16,7 @@ from sgmd_core.errors import ConfigError
 if TYPE_CHECKING:
     from pipelines.data.stream.reconciliation import EpochReconciliation
     from pipelines.distillation.audit import Audit
+    from pipelines.generate import GeneratedClip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,15 @@ def evaluate_command(
     show(result.model_dump(mode="json"), as_json, table(result), lines)
 
 
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[@STRENGTH]",
+        help="LoRA to merge into the model: a .safetensors file; may be given more than once",
+    ),
+]
+
+
 @expand_groups
 def generate_command(
     model: Annotated[
@@ -126,13 +136,7 @@ def generate_command(
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a run: last, best or an iteration")
     ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE[@STRENGTH]",
-            help="LoRA to merge into the model: a .safetensors file; may be given more than once",
-        ),
-    ] = None,
+    lora: Loras = None,
     zoom: Annotated[int | None, typer.Option(help="Enlarge the files this many times")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     as_json: Json = False,
@@ -144,7 +148,6 @@ def generate_command(
 
             from pipelines import generate as job
             from pipelines.exporting.sampled import LoraSource, sampled_folder
-            from pipelines.run.places import shared_place
 
         logging.disable_progress_bar()
         shown = _prompts(prompt or [], prompts)
@@ -160,16 +163,20 @@ def generate_command(
                 device=device,
                 on_progress=lambda done, total: on_progress("denoising steps", done, total),
             )
-            rows = [
-                {
-                    "prompt": clip.prompt,
-                    "seed": clip.seed,
-                    "paths": [shared_place(path) for path in clip.paths],
-                    "seconds": clip.seconds,
-                }
-                for clip in clips
-            ]
+            rows = [_clip_record(clip) for clip in clips]
     show(rows, as_json, "\n".join(path for row in rows for path in row["paths"]))
+
+
+def _clip_record(clip: "GeneratedClip") -> dict[str, Any]:
+    """A clip as `--json` prints it."""
+    from pipelines.run.places import shared_place
+
+    return {
+        "prompt": clip.prompt,
+        "seed": clip.seed,
+        "paths": [shared_place(path) for path in clip.paths],
+        "seconds": clip.seconds,
+    }
 
 
 def _prompts(given: list[str], file: str | None) -> list[str]:

@@ -29,15 +29,18 @@ _CALLBACKS: dict[str, Callable[..., None]] = {
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 
+SubmittedArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RECIPE KEY=VALUE",
+        help="Arguments of the command: a recipe and settings; RUN of evaluate, SRC DST of "
+        "encode. After --, options of the command too.",
+    ),
+]
+
+
 def submit_command(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="RECIPE KEY=VALUE",
-            help="Arguments of the command: a recipe and settings; RUN of evaluate, SRC DST of "
-            "encode. After --, options of the command too.",
-        ),
-    ] = None,
+    arguments: SubmittedArguments = None,
     command: Annotated[
         str, typer.Option(help="distill, sweep, study, pretrain, encode or evaluate")
     ] = "distill",

@@ -123,32 +123,9 @@ def open_groups(
         ClusterError: Ray does not start, or the cluster lacks what the pools ask for.
     """
     with ExitStack() as stack:
-        if config.topology.mode == "local":
-            opener: _Opener = _LocalOpener()
-        else:
-            from cluster.ray.topology import Placement, reserve
-            from cluster.runtime import start_ray, watch_gcs
-            from pipelines.distillation.placed_memory import require_placed
-
-            pools = own_pools_of(config) if service else pools_of(config)
-            num_cpus = own_cluster_size(config, bundles_of(pools))
-            stack.enter_context(
-                start_ray(
-                    config.topology.address,
-                    num_cpus=num_cpus,
-                    preload=modules_of(model_on_this_machine(config.model.folder)),
-                )
-            )
-            stack.enter_context(watch_gcs(tell))
-            placement = (
-                Placement.adopt_current(pools)
-                if in_trial
-                else reserve(pools, config.topology.start_timeout_s)
-            )
-            stack.enter_context(placement)
-            encoding = checked.texts.encoding
-            for words in require_placed(config, checked.model, encoding, placement):
-                tell(words)
+        opener: _Opener = _LocalOpener()
+        if config.topology.mode != "local":
+            placement = _placed(stack, config, checked, tell, in_trial=in_trial, lent=bool(service))
             opener = _ray_opener(config, placement, service)
         groups = _open(opener, stack, config, checked, folder, progress, num_rows)
         if events is not None:
@@ -158,6 +135,41 @@ def open_groups(
             stack.enter_context(watch_groups(watched, config.topology, limit_s, folder, events))
         _wait_ready(groups.all, config.topology.start_timeout_s)
         yield groups
+
+
+def _placed(
+    stack: ExitStack,
+    config: DistillConfig,
+    checked: Preflight,
+    tell: Callable[[str], None],
+    *,
+    in_trial: bool,
+    lent: bool,
+) -> "Placement":
+    """Starts or joins Ray, and reserves what the pools ask for, until the stack is closed."""
+    from cluster.ray.topology import Placement, reserve
+    from cluster.runtime import start_ray, watch_gcs
+    from pipelines.distillation.placed_memory import require_placed
+
+    pools = own_pools_of(config) if lent else pools_of(config)
+    num_cpus = own_cluster_size(config, bundles_of(pools))
+    stack.enter_context(
+        start_ray(
+            config.topology.address,
+            num_cpus=num_cpus,
+            preload=modules_of(model_on_this_machine(config.model.folder)),
+        )
+    )
+    stack.enter_context(watch_gcs(tell))
+    placement = (
+        Placement.adopt_current(pools)
+        if in_trial
+        else reserve(pools, config.topology.start_timeout_s)
+    )
+    stack.enter_context(placement)
+    for words in require_placed(config, checked.model, checked.texts.encoding, placement):
+        tell(words)
+    return placement
 
 
 def _wait_ready(groups: Sequence[WorkerGroup[Any]], timeout_s: float) -> None:
@@ -269,27 +281,17 @@ def _open(
         for role, folder in models_of_roles(config).items()
     }
     model = models[GENERATOR]
-    schedule, seed, threads = config.schedule, config.seed, config.topology.threads_per_rank
+    seed, threads = config.seed, config.topology.threads_per_rank
     # A rank that raised would leave the others in a collective: see `workers.finite`.
     raises = False
+    terms = (consistency_of(config.objective), flow_of(config.objective))
+    rolled_out = (config.looks, config.phases, *terms, config.first_exit(Purpose.TRACK))
+    sampled = (model, config.video, config.schedule)
     roles = Roles(
         generator=group(
             GENERATOR,
             build_generator,
-            (
-                model,
-                config.video,
-                schedule,
-                config.generator,
-                seed,
-                threads,
-                raises,
-                config.looks,
-                config.phases,
-                consistency_of(config.objective),
-                flow_of(config.objective),
-                config.first_exit(Purpose.TRACK),
-            ),
+            (*sampled, config.generator, seed, threads, raises, *rolled_out),
         ),
         fake_score=group(
             FAKE_SCORE,
@@ -311,7 +313,7 @@ def _open(
     if checked.held_out:
         plan = _validation_plan(config, checked, folder)
         teacher = models[TEACHER].folder if config.teacher.model else None
-        judged = (model, config.video, schedule, plan, config.generator, threads, teacher)
+        judged = (*sampled, plan, config.generator, threads, teacher)
         validator = group("validator", build_validator, (*judged, checked.texts.validation))
     return Groups(roles, feed, validator)
 

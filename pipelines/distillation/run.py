@@ -261,16 +261,9 @@ def _place_and_train(
             events=events,
             service=job.service,
         ) as groups,
-        open_tracker(
-            config.tracker.wandb,
-            config.tracker.project,
-            config.name,
-            folder.root,
-            config.model_dump(mode="json"),
-        ) as tracker,
-        open_tensorboard(config.tracker.tensorboard, folder.root) as board,
+        _open_trackers(config, folder) as trackers,
     ):
-        beside = Observers([tracker, board, _exporter(config, start)])
+        beside = Observers([*trackers, _exporter(config, start)])
         for event in early:
             beside.event(event)
         observers = Observers([observer, beside])
@@ -336,6 +329,18 @@ def _take_up(
             "asks for no more: nothing is trained, and its results are written again"
         )
     return start, told
+
+
+@contextmanager
+def _open_trackers(config: DistillConfig, folder: RunFolder) -> Iterator[list[RunObserver]]:
+    """The trackers that the recipe asks for: W&B and TensorBoard."""
+    asked = config.tracker
+    settings = config.model_dump(mode="json")
+    with (
+        open_tracker(asked.wandb, asked.project, config.name, folder.root, settings) as tracker,
+        open_tensorboard(asked.tensorboard, folder.root) as board,
+    ):
+        yield [tracker, board]
 
 
 def _exporter(config: DistillConfig, start: Position) -> RunObserver:

@@ -224,22 +224,9 @@ def plan_evaluation(
             _require_teacher_of(RunFolder(path), teacher, config)
         captions = captions or config.data.validation
     if not teacher or not captions:
-        raise ConfigError(
-            f"evaluating {shared_place(path)}",
-            f"teacher {str(teacher or '')!r} and captions {captions or ''!r}",
-            "a teacher to compare with, and shards or a file of held-out captions",
-            "Name a run, which knows both, or give both",
-        )
+        raise _nothing_to_compare(path, teacher, captions)
     theirs = _teacher_settings(Path(teacher), config)
     video = VideoSettings(own.num_frames, own.height, own.width, own.fps)
-    samplings = teacher_samplings(
-        options.teacher_steps or _recipe_teacher_steps(config),
-        options.guidance_scale or theirs.guidance_scale,
-        own.num_steps,
-        options.seed,
-    )
-    # The generator starts from the noise of the teacher's few steps.
-    samplings[GENERATOR] = replace(samplings[TEACHER_FEW], guidance_scale=own.guidance_scale)
     chosen = _captions(captions, options, config)
     for folder in dict.fromkeys((generator_folder, Path(teacher))):
         require_same_weights(folder)
@@ -249,13 +236,42 @@ def plan_evaluation(
     return EvaluationPlan(
         generator=_subject(generator_folder, own, video, config),
         teacher=_subject(Path(teacher), theirs, video, config),
-        samplings=samplings,
+        samplings=_samplings(own, theirs, options, config),
         captions=chosen,
         captions_from=captions,
         output=results,
         cache=Path(cache) if cache else results / _CACHE_FOLDER,
         options=options,
         generator_place=shared_place(RunFolder(path).generator if is_run else run_or_model),
+    )
+
+
+def _samplings(
+    own: InferenceSettings,
+    theirs: InferenceSettings,
+    options: EvaluationOptions,
+    config: DistillConfig | None,
+) -> dict[str, Sampling]:
+    """How each set of clips is sampled, by its name."""
+    found = teacher_samplings(
+        options.teacher_steps or _recipe_teacher_steps(config),
+        options.guidance_scale or theirs.guidance_scale,
+        own.num_steps,
+        options.seed,
+    )
+    # The generator starts from the noise of the teacher's few steps.
+    found[GENERATOR] = replace(found[TEACHER_FEW], guidance_scale=own.guidance_scale)
+    return found
+
+
+def _nothing_to_compare(
+    path: Path, teacher: str | Path | None, captions: str | None
+) -> ConfigError:
+    return ConfigError(
+        f"evaluating {shared_place(path)}",
+        f"teacher {str(teacher or '')!r} and captions {captions or ''!r}",
+        "a teacher to compare with, and shards or a file of held-out captions",
+        "Name a run, which knows both, or give both",
     )
 
 

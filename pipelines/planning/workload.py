@@ -16,7 +16,7 @@ walk makes both (`fake_score.walk`).
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Self, TypeVar
 
 from cluster.schedule.program import Program
 from pipelines.config.adapters import adapted_roles
@@ -50,7 +50,7 @@ from sgmd_core.objectives.meanflow import flow_is_guided, flow_of
 from sgmd_core.types import Looks
 from workers.attention import KERNELS
 from workers.discriminator_heads import num_head_parameters
-from workers.models.family import DenoiserShape
+from workers.models.family import DenoiserShape, ModelShape
 from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.settings import DiversitySettings
 
@@ -59,6 +59,8 @@ COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
 
 StageName = tuple[str, str]
 """Role and stage."""
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +189,9 @@ class Workload:
             ModelFolderError: The folder holds another kind of model.
         """
         shape = model_shape(config, model)
-        updated = _optimizers(config)
-        computes = config.computes
+        updated, computes = _optimizers(config), config.computes
         others = other_shapes(config, shape.denoiser)
-        buckets = latent_buckets_of(config, shape)
-        _require_whole_tokens(computes, shape.denoiser, others, buckets)
+        buckets = _shareable_buckets(config, shape, others)
         rollout, sample = mean_rollouts(config)
         return cls(
             shape=shape.denoiser,
@@ -209,18 +209,16 @@ class Workload:
             teacher_weights=config.teacher.compute.weights,
             teacher_whole=not config.teacher.sharded,
             average_on_cpu=config.generator.ema_device == "cpu",
-            momentum=frozenset(role for role, own in updated.items() if own.betas[0] > 0),
-            moments_on_cpu=frozenset(role for role, own in updated.items() if own.moments == "cpu"),
+            momentum=_roles_where(updated, lambda own: own.betas[0] > 0),
+            moments_on_cpu=_roles_where(updated, lambda own: own.moments == "cpu"),
             in_turn=not config.teacher.batched_guidance,
-            bf16=frozenset(role for role, own in computes.items() if own.precision == "bf16"),
-            checkpointing=frozenset(role for role, own in computes.items() if own.checkpointing),
-            selective=_roles_with(computes, "selective"),
-            offloading=_roles_with(computes, "offload"),
+            bf16=_roles_where(computes, lambda own: own.precision == "bf16"),
+            checkpointing=_roles_where(computes, lambda own: bool(own.checkpointing)),
+            selective=_roles_where(computes, lambda own: own.checkpointing == "selective"),
+            offloading=_roles_where(computes, lambda own: own.checkpointing == "offload"),
             others=others,
             adapters=adapter_parameters(config, shape.denoiser, others),
-            frozen_in_bf16=frozenset(
-                role for role in adapted_roles(config) if computes[role].weights == "bf16"
-            ),
+            frozen_in_bf16=_frozen_in_bf16(config),
             looks=config.looks,
             restarts=bool(restarts_of(config.objective)),
             heads=_heads(config, others.get(TEACHER, shape.denoiser)),
@@ -229,17 +227,12 @@ class Workload:
             flow=flow_of(config.objective) is not None,
             guided_flow=flow_is_guided(config.objective),
             matching=learns_from_samples(config.objective),
-            moments_in_8_bits=frozenset(
-                role for role, own in updated.items() if own.moment_bits == 8
-            ),
+            moments_in_8_bits=_roles_where(updated, lambda own: own.moment_bits == 8),
             ulysses=tuple((role, own.ulysses) for role, own in computes.items() if own.ulysses > 1),
-            all_pairs=frozenset(
-                role for role, own in computes.items() if KERNELS[own.attention].all_pairs
-            ),
+            all_pairs=_roles_where(computes, lambda own: KERNELS[own.attention].all_pairs),
             buckets=buckets if len(buckets.shapes) > 1 else None,
             joint_walk=config.fake_score.walk == "joint",
-            may_walk_once=may_walk_once(config.objective, config.fake_score)
-            and "joint" in family_of_role(config, FAKE_SCORE, model).traits.computes,
+            may_walk_once=_may_walk_once(config, model),
             idle_expert=0 if config.model.alone is None else shape.denoiser.num_parameters,
             has_companion=config.model.alone == "low",
             largest=_largest_size(config, buckets, shape.denoiser),
@@ -453,6 +446,15 @@ def _optimizers(config: DistillConfig) -> dict[str, OptimizerSettings]:
     return {role: getattr(config, role).optimizer for role in learners}
 
 
+def _shareable_buckets(
+    config: DistillConfig, shape: ModelShape, others: Mapping[str, DenoiserShape]
+) -> LatentBuckets:
+    """Latent shapes of the trained sizes, whose tokens the ranks of each role can share."""
+    buckets = latent_buckets_of(config, shape)
+    _require_whole_tokens(config.computes, shape.denoiser, others, buckets)
+    return buckets
+
+
 def _require_whole_tokens(
     computes: Mapping[str, ComputeSettings],
     shape: DenoiserShape,
@@ -476,5 +478,20 @@ def counted_together(units: Mapping[StageName, float]) -> dict[StageName, float]
     return found
 
 
-def _roles_with(computes: Mapping[str, ComputeSettings], mode: str) -> frozenset[str]:
-    return frozenset(role for role, own in computes.items() if own.checkpointing == mode)
+def _roles_where(settings: Mapping[str, S], holds: Callable[[S], bool]) -> frozenset[str]:
+    """The roles whose settings satisfy a condition."""
+    return frozenset(role for role, own in settings.items() if holds(own))
+
+
+def _frozen_in_bf16(config: DistillConfig) -> frozenset[str]:
+    """The roles with adapters over a base that is kept in bfloat16."""
+    computes = config.computes
+    return frozenset(role for role in adapted_roles(config) if computes[role].weights == "bf16")
+
+
+def _may_walk_once(config: DistillConfig, model: str | None) -> bool:
+    """Whether the fake score's two gradients may be made by one backward pass."""
+    return (
+        may_walk_once(config.objective, config.fake_score)
+        and "joint" in family_of_role(config, FAKE_SCORE, model).traits.computes
+    )

@@ -124,6 +124,17 @@ class _Opened:
     problems: list[str] = field(default_factory=list)
     is_settled: bool = False
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the shards that can be opened."""
+        return sum(each.shard.num_rows for each in self.shards)
+
+    @property
+    def num_unread(self) -> int:
+        """Rows of the shards that cannot be opened: each counts as many as the others have."""
+        per_shard = max(1, round(self.num_rows / len(self.shards))) if self.shards else 1
+        return per_shard * len(self.unreadable)
+
     def take(self, some: Sequence[ScannedShard]) -> None:
         """Sorts shards that have bytes; the first of them settle the names of the columns.
 
@@ -177,26 +188,22 @@ def check_shards(
     if not opened.listed:
         raise no_shards(f"checking {url}", filesystem, root, only)
     unwritten = _write_index(filesystem, root, only, opened) if options.write_index else []
-    num_rows = sum(each.shard.num_rows for each in shards)
+    num_rows = opened.num_rows
     chosen = choose_rows(num_rows, options.sample, options.seed)
     options = replace(options, names=opened.names)
     tasks = list(_tasks(folder, shards, chosen, options))
     tally = _tally(tasks, options, on_progress)
 
-    # A shard that cannot be opened counts as many rows as the others have.
-    per_shard = max(1, round(num_rows / len(shards))) if shards else 1
     bad = tally.bad
     if opened.unreadable:
-        bad[str(Reason.UNREADABLE_SHARD)] = per_shard * len(opened.unreadable)
+        bad[str(Reason.UNREADABLE_SHARD)] = opened.num_unread
     index = None if only else read_index(filesystem, root)
     buckets = () if only else read_buckets(filesystem, root)
     misfits = _misfits(shards, {each.folder for each in buckets})
     problems = opened.problems + unwritten + misfits + _index_problems(index, opened)
     encoding = shards[0].encoding if shards else None
-    examples = [*opened.unreadable, *tally.examples][:NUM_EXAMPLES]
     # Of a file of captions, rows and size are told as the caller has them, not by its shards.
-    if is_made := folder != url and not only:
-        examples = [_in_file(each, url, shards) for each in examples]
+    is_made = folder != url and not only
     return CheckReport(
         folder=url,
         kind=shards[0].kind.value if shards else "",
@@ -204,11 +211,11 @@ def check_shards(
         num_empty=sum(each.is_empty for each in opened.listed),
         others="" if only else _others_in_words(filesystem, root),
         columns=columns or _columns_in_words(shards),
-        num_rows=num_rows + per_shard * len(opened.unreadable),
+        num_rows=num_rows + opened.num_unread,
         num_bytes=_num_bytes(url, opened, is_made=is_made),
         problems=problems if num_rows else [*problems, _no_rows(opened)],
         bad=dict(bad.most_common()),
-        examples=[each.in_words() for each in examples],
+        examples=_examples(url, opened, tally, is_made=is_made),
         captions=tally.captions(),
         decoded=tally.num_tried,
         videos=tally.videos(),
@@ -231,6 +238,14 @@ def _tally(
         tally.add(facts)
         on_progress("row groups", done, len(tasks))
     return tally
+
+
+def _examples(url: str, opened: _Opened, tally: CheckTally, *, is_made: bool) -> list[str]:
+    """The first rejections in words; those of a file of captions by their rows in it."""
+    found = [*opened.unreadable, *tally.examples][:NUM_EXAMPLES]
+    if is_made:
+        found = [_in_file(each, url, opened.shards) for each in found]
+    return [each.in_words() for each in found]
 
 
 def _in_file(rejection: Rejection, url: str, shards: Sequence[_OpenShard]) -> Rejection:

@@ -72,13 +72,8 @@ def read_batches(
         return
     first = 0
     try:
-        file = pq.ParquetFile(
-            _RangeFile(filesystem, f"{root}/{path}", size, retry),
-            metadata=footer.metadata,
-            page_checksum_verification=True,
-            pre_buffer=False,
-            buffer_size=_BUFFER_BYTES,
-        )
+        source = _RangeFile(filesystem, f"{root}/{path}", size, retry)
+        file = _parquet_file(source, footer.metadata)
         batches = file.iter_batches(
             _num_rows(footer.metadata, index, found.sources),
             row_groups=[index],
@@ -98,6 +93,17 @@ def read_batches(
         yield error.fault
     except (OSError, ValueError, pa.ArrowException) as error:
         yield Fault(f"corrupt row group ({words_of(error)})")
+
+
+def _parquet_file(source: "_RangeFile", metadata: pq.FileMetaData) -> pq.ParquetFile:
+    """A file whose pages are checked, and read through a small buffer."""
+    return pq.ParquetFile(
+        source,
+        metadata=metadata,
+        page_checksum_verification=True,
+        pre_buffer=False,
+        buffer_size=_BUFFER_BYTES,
+    )
 
 
 def _num_rows(metadata: pq.FileMetaData, index: int, columns: Sequence[str]) -> int:

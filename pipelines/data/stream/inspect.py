@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.data.shards.columns import (
@@ -35,7 +36,7 @@ from pipelines.data.shards.schema import (
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.content import digests
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
-from pipelines.data.stream.plan import ShuffleSettings
+from pipelines.data.stream.plan import ShuffleSettings, Window
 from pipelines.data.stream.quarantine import summarize_rejects
 from pipelines.data.stream.source import Source
 from pipelines.data.stream.stream import plan_windows
@@ -130,12 +131,7 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
                 names,
                 "" if place.only else unfinished_in_words(place.filesystem, place.root),
             )
-        rejects += [
-            Rejection(
-                "", planned.window.groups[line["group"]].shard, None, *split_reason(line[REASON])
-            )
-            for line in table.select(("group", REASON)).to_pylist()
-        ]
+        rejects += _rejected_rows(planned.window, table)
     if misfit is not None:
         raise column_error(source.url, *misfit, source.names)
     raise DataError(
@@ -144,6 +140,14 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
         f"the columns {SAMPLE_ID} and {CAPTION}, filled",
         "`sgmd check` says what is wrong with each shard",
     )
+
+
+def _rejected_rows(window: Window, table: pa.Table) -> list[Rejection]:
+    """The rows of a window that has no usable one."""
+    return [
+        Rejection("", window.groups[line["group"]].shard, None, *split_reason(line[REASON]))
+        for line in table.select(("group", REASON)).to_pylist()
+    ]
 
 
 def first_texts(
