@@ -1,4 +1,4 @@
-"""One walk back for both gradients of the fake score against two: CPU seconds and iterations.
+"""One backward pass for both gradients of the fake score against two: CPU seconds and iterations.
 
     python benchmarks/joint_walk.py
 

@@ -45,7 +45,7 @@ def prepare_network(network: Denoiser, settings: ComputeSettings) -> Denoiser:
         network.set_checkpointing(True)
     if settings.compile:
         # A graph that serves the generator's loss and the tracking loss is walked twice; compiled
-        # code would otherwise reuse its buffers on the first walk.
+        # code would otherwise reuse its buffers on the first backward pass.
         functorch_config.donated_buffer = False
         for block in network.blocks:
             nn.Module.compile(block)

@@ -18,8 +18,8 @@ key between the two calls. With fresh tracking `signal` runs on frozen parameter
 a forward pass of its own on another batch. Either way no gradient of the generator's loss reaches a
 parameter: autograd is asked for the gradient at x0 and for nothing else.
 
-Two walks back make the layers again twice where they are checkpointed. With `walk: joint`, `signal`
-makes one for both gradients, and `track` hands out what it has found of tracking's loss.
+Two backward passes recompute checkpointed layers twice. With `walk: joint`, `signal` makes one for
+both gradients, and `track` returns the terms of tracking's loss.
 
 Where another role computes the loss, `signal` comes in two halves:
 

@@ -1,12 +1,12 @@
-"""Weights of several ranks in a walk back that is made layer by layer: gathered once a layer.
+"""Weights of several ranks in a backward pass that is made layer by layer: gathered once a layer.
 
     forward    a layer's parts are gathered, used, and let go again            as in any pass
-    walk       gathered once more, kept for the layer made again and all that is pulled back through
+    backward   gathered once more, kept for the recomputed layer and all that is pulled back through
                it; meanwhile the next layer's are on their way; then its gradients are summed
 
-FSDP takes each pull for a backward pass of its own, after which it would let the weights go, forget
-what it has asked for, and look ahead by the order of the last forward passes, which is not that of
-a walk. So for its length it is told what comes next and when the last pull is made.
+FSDP takes each of the two gradients of a layer for a backward pass of its own, after which it would
+free the weights, forget its requests, and prefetch in the order of the last forward passes, which
+is not that of this pass. So for its length FSDP is given the next layer and the last gradient.
 
 Where a process has the network to itself nothing here does anything.
 """
@@ -21,11 +21,11 @@ from workers.sharding import reshard
 
 
 class GatheredWalk:
-    """The weights of a network, for the length of one walk back through it.
+    """The weights of a network, for the length of one backward pass through it.
 
     Args:
         network: Whose layers are walked through; itself what holds all weights outside of them.
-        layers: In the order of the walk.
+        layers: In the order of the backward pass.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[nn.Module]) -> None:

@@ -1,16 +1,16 @@
-"""One walk back for two gradients: every layer that checkpointing makes again is made again once.
+"""One backward pass for two gradients, in which checkpointed layers are recomputed once.
 
     forward    x0 -> stem -> layer -> ... -> layer -> head -> velocity, cut before and after layers
-    walk       head, layers from the last to the first, stem; at each of them
+    backward   head, layers from the last to the first, stem; at each of them
 
                    to the input    pulls the generator's cotangent back to the piece's input
                    to the weights  pulls tracking's back to its input, and gathers in parameters
 
-A layer runs without a graph in the forward pass and is made again with one in the walk, for both
-cotangents. The generator's is only ever asked for at an input, so nothing of it reaches a
+A layer runs without a graph in the forward pass and is recomputed with one in the backward pass,
+for both cotangents. The generator's is only ever asked for at an input, so nothing of it reaches a
 parameter. What all layers share (embeddings of captions and of noise levels) gathers tracking's
 gradients from layer to layer in the order in which autograd would, so the sums have the bits of two
-walks through one graph.
+backward passes through one graph.
 """
 
 from collections.abc import Iterator
@@ -135,7 +135,7 @@ def _cutting() -> Iterator[_Cut]:
 
 
 class JointWalk:
-    """A forward pass, and the one walk back through it.
+    """A forward pass, and the one backward pass through it.
 
     Args:
         network: Computed under `compute.checkpointing`.
@@ -171,7 +171,7 @@ class JointWalk:
         ]
 
     def back(self, generator: Scalar, tracking: Scalar) -> Latents:
-        """Walks back, and gathers the gradient of tracking's loss in the parameters.
+        """Runs the backward pass, and gathers the gradient of tracking's loss in the parameters.
 
         Args:
             generator: The generator's loss of `velocity`.

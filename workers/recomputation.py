@@ -6,7 +6,7 @@
 
 Each is a function that computes a layer, as diffusers takes it. All repeat every bit, and a graph
 may be walked more than once: the fake score's serves a gradient at its input and another one at its
-parameters. torch's own selective checkpointing frees what it kept on the first walk.
+parameters. torch's own selective checkpointing frees what it kept on the first backward pass.
 """
 
 from collections.abc import Callable

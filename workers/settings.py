@@ -287,10 +287,10 @@ class FakeScoreSettings:
         lora: Adapters to train in place of all weights; null trains all.
         gap: The gap between the scores that a sample teaches the generator: its `own`, or
             `shuffled`, that of its neighbour in the batch, which is the control of a study.
-        walk: Ways back through the network's shared forward pass: `apart`, one for the generator's
-            signal and one for tracking, or `joint`, one for both, in which layers that
-            checkpointing makes again are made again once, and gathered once less where ranks share
-            them; the signal is then sent after tracking.
+        walk: Backward passes through the shared forward pass: `apart`, one for the generator's
+            signal and one for tracking, or `joint`, one for both, in which checkpointed layers are
+            recomputed once, and gathered once less where ranks share them; the signal is then sent
+            after tracking.
     """
 
     tracking: Literal["shared", "fresh"] = "shared"

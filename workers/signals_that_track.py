@@ -1,9 +1,9 @@
-"""Signals of the fake score that gather tracking's gradient too, by one walk back.
+"""Signals of the fake score that gather tracking's gradient too, by one backward pass.
 
     signal    one walk: the gradient at the samples, and the gradient in the parameters
     report    what the same micro-batch's tracking has found, asked for once
 
-The controller calls both as with two walks, and knows that the first one gathers.
+The controller calls both as with two backward passes, and knows that the first one gathers.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from workers.reports import TrackReport
 
 @dataclass(slots=True)
 class _Walked:
-    """A micro-batch whose two gradients were made by one walk.
+    """A micro-batch whose two gradients were made by one backward pass.
 
     Attributes:
         generator_version: Updates that the generator had seen.
@@ -74,7 +74,7 @@ class SignalsThatTrack:
         self._walked.clear()
 
     def signal(self, leaf: NoisedBatch, velocity_teacher: Latents, share: float) -> GeneratorSignal:
-        """Both gradients by one walk back: that at the samples, and that in the parameters.
+        """Both gradients by one backward pass: that at the samples, and that in the parameters.
 
         A gradient at the samples that is not finite, of losses that are, shows when the parameters
         have gathered theirs: where this role raises, the micro-batch then waits for tracking that

@@ -1,4 +1,4 @@
-"""One walk back for both gradients of the fake score: methods and settings that it goes with."""
+"""One backward pass for both gradients of the fake score: methods and settings that allow it."""
 
 from pipelines.config.methods import ObjectiveSettings
 from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, looks_of
@@ -9,18 +9,18 @@ _GUIDED = 2.0
 
 
 def walk_contradictions(objective: ObjectiveSettings, fake_score: FakeScoreSettings) -> list[str]:
-    """Returns what does not go with one walk back for signal and tracking, as sentences."""
+    """Returns what does not go with one backward pass for signal and tracking, as sentences."""
     if fake_score.walk == "apart":
         return []
     return [
-        f"fake_score.walk joint makes signal and tracking by one walk back, and {what}; set "
+        f"fake_score.walk joint makes signal and tracking by one backward pass, and {what}; set "
         "fake_score.walk=apart"
         for what in _hindrances(objective)
     ]
 
 
 def may_walk_once(objective: ObjectiveSettings, fake_score: FakeScoreSettings) -> bool:
-    """Returns True where nothing but `compute.checkpointing` may be missing for one walk back."""
+    """Returns True where one backward pass lacks at most `compute.checkpointing`."""
     shared = fake_score.tracking == "shared"
     return shared and not fake_score.compute.compile and not _hindrances(objective)
 

@@ -1,7 +1,7 @@
 """The settings with which a run that fits is fastest, of all combinations of the savings.
 
 A saving of memory never makes a layout faster, but it may let a faster one fit: with the inputs of
-layers in main memory all roles together fit GPUs that held two pools alone. The two walks back
+layers in main memory all roles together fit GPUs that held two pools alone. The two backward passes
 through the fake score are tried with all of them: which is faster depends on the layout.
 
     ideal     the fastest layout on GPUs that hold anything: no settings do better

@@ -312,7 +312,7 @@ def _samples_per_s(plan: Plan) -> float:
 
 
 def _faster(result: Plan, fastest: Saved, times_of: Callable[[Workload], StageTimes]) -> list[str]:
-    """Returns what settings that save memory would gain, or the other walk back alone."""
+    """Returns the gain of settings that save memory, or of the other `fake_score.walk` alone."""
     if fastest.work == result.work.other_walk:
         return _walk(result, times_of)
     best = _fastest(result, fastest.work, times_of)
@@ -330,7 +330,7 @@ def _fastest(result: Plan, work: Workload, times_of: Callable[[Workload], StageT
 
 
 def _walk(result: Plan, times_of: Callable[[Workload], StageTimes]) -> list[str]:
-    """Returns what the other walk back through the fake score would gain, if it gains."""
+    """Returns the gain of the other `fake_score.walk`, if it gains."""
     other = result.work.other_walk
     if other is None:
         return []

@@ -7,7 +7,7 @@
                        without is left out again, the dearest first
 
     all_savings        every choice of them, for `pipelines.planning.fitting` to find the fastest;
-                       each with either walk back through the fake score, where it has two
+                       each with either `fake_score.walk`, where both are possible
 
 None of them changes what is trained. What they cost in time is in the plan that is made with them.
 """
@@ -74,7 +74,7 @@ def all_savings(work: Workload) -> list[Saved]:
 
 
 def walk_setting(work: Workload) -> str:
-    """The setting by which an iteration walks back through the fake score as it does."""
+    """The setting of `fake_score.walk` that an iteration has."""
     return f"fake_score.walk={'joint' if work.joint_walk else 'apart'}"
 
 

@@ -125,7 +125,7 @@ class Workload:
         ulysses: Roles whose ranks work on samples together, with how many of them do.
         all_pairs: Roles whose attention holds a matrix of all pairs of tokens.
         buckets: Several sizes that iterations draw from; None where there is one.
-        joint_walk: Whether the fake score makes both gradients by one walk back.
+        joint_walk: Whether the fake score makes both gradients by one backward pass.
         may_walk_once: Whether it could, with checkpointing.
         idle_expert: Parameters of the expert that a run leaves as it is, of which no role has
             anything but the generator where `has_companion`; 0 where all is trained.

@@ -25,7 +25,7 @@ Variants are other programs over the same stages:
     fresh tracking      ROLLOUT DENOISE SIGNAL LEARN | update | n times (SAMPLE TRACK | update)
     through the teacher PULLBACK between SIGNAL and LEARN (SiD)
     diversity loss      START before ROLLOUT, ANCHOR by the teacher, DIVERSIFY after LEARN
-    one walk back       SIGNAL gathers what TRACK would, which hands out the terms of its loss
+    one backward pass   SIGNAL gathers what TRACK would, which hands out the terms of its loss
     mixing of weights   the fake score takes in the generator's weights between the two updates
     comparing steps     PREDICT, COMPARE_STEPS and COMPLETE in the place of SIGNAL (ADM)
     comparing data      COMPARE_DATA by the discriminator between SIGNAL and LEARN (DMD2's GAN term)

@@ -83,7 +83,7 @@ class Passes:
         to_input: Backward passes that end at the samples.
         to_weights: Backward passes that end at the parameters.
         tangents: Derivatives that forward passes carry along.
-        joint: Walks back that make a pass to the samples and one to the parameters together.
+        joint: Backward passes that make a pass to the samples and one to the parameters together.
     """
 
     forwards: float = 0.0
@@ -94,7 +94,7 @@ class Passes:
 
     @property
     def backwards(self) -> float:
-        """Walks back; checkpointing adds a forward pass to each."""
+        """Backward passes; checkpointing adds a forward pass to each."""
         return self.to_input + self.to_weights - self.joint
 
     def units(self, costs: PassCosts, *, checkpointed: float = 0.0) -> float:
@@ -102,7 +102,7 @@ class Passes:
 
         Args:
             costs: Of one pass of each kind.
-            checkpointed: Part of a forward pass that is made again for each walk back.
+            checkpointed: Part of a forward pass that is made again for each backward pass.
         """
         forwards = self.forwards + checkpointed * self.backwards
         along = costs.to_input * (self.to_input + self.tangents)
@@ -185,7 +185,7 @@ def stage_passes(
             with a graph, which is counted as one pass of all inner steps.
         guided_flow: It does so along guided velocities, which takes one more pass.
         matching: The generator learns from its own samples.
-        joint: The signal walks back for tracking, too: `fake_score.walk`.
+        joint: The signal's backward pass is tracking's, too: `fake_score.walk`.
     """
     looks, predictions = looks or Looks(), 2 if guided else 1
     # With shared tracking the forward pass is the signal's.

@@ -1,4 +1,4 @@
-"""One walk back for both gradients of the fake score has the bits of two walks."""
+"""One backward pass for both gradients of the fake score has the bits of two passes."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""One walk back for both gradients of a fake score that two ranks share.
+"""One backward pass for both gradients of a fake score that two ranks share.
 
 One group of two processes goes through everything once; the tests look at what it brought back.
 Two walks on the same ranks make the same sums, hence the same bits. One rank's sums round

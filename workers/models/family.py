@@ -292,7 +292,7 @@ class FamilyTraits:
         layout: Components of its folders.
         sampling: How a folder is sampled that does not say so.
         computes: What its denoiser supports, of `bf16`, `checkpointing`, `selective`, `offload`,
-            `compile`, `fp8`, `lora`, `attention`, `ulysses` and `joint`: one walk back for two
+            `compile`, `fp8`, `lora`, `attention`, `ulysses` and `joint`: one backward pass for two
             gradients, `workers.joint_walk`.
         relatives: Kind of model by `_class_name` of pipelines that cannot be distilled.
         released: Shapes of released models by name, to plan for before a folder is there.

@@ -4,7 +4,8 @@
     strides       TMD         data at the generator's own steps, strides of the flow head
     heads         ADM, GAN    the teacher's step and the fake score's; or data and samples
 
-Losses are means over the samples of all members; whoever walks back multiplies by their number.
+Losses are means over the samples of all members; the caller of the backward pass multiplies by
+their number.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ PROGRAMS = {
     "several updates": iteration_program(3),
     "through the teacher": iteration_program(2, through_teacher=True),
     "shared and through the teacher": iteration_program(through_teacher=True),
-    "one walk back": iteration_program(joint=True),
+    "one backward pass": iteration_program(joint=True),
     "with diversity": iteration_program(diversity=True),
     "with all": iteration_program(2, through_teacher=True, diversity=True, mixes_weights=True),
     "comparing steps": iteration_program(compared=ComparedStates.STEPS),
