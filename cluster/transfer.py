@@ -44,14 +44,14 @@ class SelfPacked(Protocol):
 
 
 @runtime_checkable
-class Narrowable(Protocol):
+class HasWireKinds(Protocol):
     """A record with tensors that need not keep all their bits on the way.
 
     Attributes:
-        MAY_NARROW: Kind of each such field, by its name; the kinds are the caller's words.
+        WIRE_KINDS: Kind of each such field, by its name; the kinds are the caller's words.
     """
 
-    MAY_NARROW: ClassVar[Mapping[str, str]]
+    WIRE_KINDS: ClassVar[Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +82,13 @@ class WireRecord:
     values: Mapping[str, object]
 
 
-def to_wire(value: object, where: str = "value", narrow: AbstractSet[str] = frozenset()) -> Any:  # noqa: ANN401 - mirrors its input
+def to_wire(value: object, where: str = "value", bf16_kinds: AbstractSet[str] = frozenset()) -> Any:  # noqa: ANN401 - mirrors its input
     """Takes a value apart into what pickles without torch; tensors become numpy arrays.
 
     Args:
         value: Plain values, tensors and numpy arrays in tuples, lists, dicts and dataclasses.
         where: Name of the value, for errors.
-        narrow: Kinds of `Narrowable` fields that travel in bfloat16.
+        bf16_kinds: Kinds of `HasWireKinds` fields that travel in bfloat16.
 
     Returns:
         The same tree. CPU tensors share their memory with it.
@@ -101,18 +101,24 @@ def to_wire(value: object, where: str = "value", narrow: AbstractSet[str] = froz
     if isinstance(value, Tensor):
         return _tensor_to_wire(value, where)
     if type(value) is tuple or type(value) is list:
-        return type(value)(to_wire(item, f"{where}[{i}]", narrow) for i, item in enumerate(value))
+        return type(value)(
+            to_wire(item, f"{where}[{i}]", bf16_kinds) for i, item in enumerate(value)
+        )
     if isinstance(value, Mapping):
-        return {key: to_wire(item, f"{where}[{key!r}]", narrow) for key, item in value.items()}
+        return {key: to_wire(item, f"{where}[{key!r}]", bf16_kinds) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        kinds = value.MAY_NARROW if isinstance(value, Narrowable) else {}
+        kinds = value.WIRE_KINDS if isinstance(value, HasWireKinds) else {}
         values: dict[str, object] = {}
         for field in (field for field in fields(value) if field.init):
             name, own = field.name, getattr(value, field.name)
-            if kinds.get(name) in narrow and isinstance(own, Tensor) and own.is_floating_point():
-                values[name] = _narrowed(own, f"{where}.{name}")
+            if (
+                kinds.get(name) in bf16_kinds
+                and isinstance(own, Tensor)
+                and own.is_floating_point()
+            ):
+                values[name] = _in_bf16(own, f"{where}.{name}")
             else:
-                values[name] = to_wire(own, f"{where}.{name}", narrow)
+                values[name] = to_wire(own, f"{where}.{name}", bf16_kinds)
         return WireRecord(type(value), values)
     raise TransferError(
         "sending a value to another group",
@@ -183,7 +189,7 @@ def parts_of(value: object) -> list[tuple[str, object]]:
     return []
 
 
-def _narrowed(tensor: Tensor, where: str) -> WireTensor:
+def _in_bf16(tensor: Tensor, where: str) -> WireTensor:
     """The tensor rounded to bfloat16, which becomes what it was on arrival."""
     rounded = _tensor_to_wire(tensor.to(torch.bfloat16), where)
     return replace(rounded, arrives_as=str(tensor.dtype).removeprefix("torch."))

@@ -31,7 +31,7 @@ Samples = Float[Tensor, "b *element"]
 
 VALUE, GRADIENT = "value", "gradient"
 """Kinds of tensors that may be rounded where a run is told to, when they travel between processes
-(`MAY_NARROW` of a record): what the networks are asked and answer, and what the generator learns.
+(`WIRE_KINDS` of a record): what the networks are asked and answer, and what the generator learns.
 """
 
 
@@ -77,7 +77,7 @@ class TextBatch(SampleRecord):
             are counted by it, so the draws do not depend on how the batch is split.
     """
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"text": VALUE}
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {"text": VALUE}
 
     text: Text
     sample_indices: tuple[int, ...]
@@ -108,7 +108,7 @@ class Look(SampleRecord):
         start: Noise level that the generator makes its samples from, where they are its own.
     """
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"x0": VALUE, "noise": VALUE}
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {"x0": VALUE, "noise": VALUE}
 
     sigma: PerSample
     noise: Latents
@@ -164,7 +164,7 @@ class NoisedBatch(SampleRecord):
             counted by it; empty if nothing is drawn for the query.
     """
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {
         "x0": VALUE,
         "noise": VALUE,
         "text": VALUE,
@@ -243,7 +243,7 @@ class NoisedBatch(SampleRecord):
 class GuideAnswer(SampleRecord):
     """The teacher's two velocities where it is asked for its guidance alone."""
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"conditional": VALUE, "guided": VALUE}
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {"conditional": VALUE, "guided": VALUE}
 
     conditional: Latents
     guided: Latents
@@ -260,7 +260,7 @@ class TeacherPrediction(SampleRecord):
         off: At the samples off the trajectory, with the caption alone.
     """
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"velocity": VALUE, "off": VALUE}
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {"velocity": VALUE, "off": VALUE}
 
     key: MicroBatchKey
     velocity: Latents
@@ -272,7 +272,7 @@ class TeacherPrediction(SampleRecord):
 class FakePrediction(SampleRecord):
     """The fake score's velocity at a query, for a loss that another role computes."""
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"velocity": VALUE}
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {"velocity": VALUE}
 
     key: MicroBatchKey
     velocity: Latents
@@ -282,7 +282,7 @@ class FakePrediction(SampleRecord):
 class DataBatch(SampleRecord):
     """Clean latents of the data, in the type in which they are stored."""
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"x0": VALUE}
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {"x0": VALUE}
 
     x0: Latents
 
@@ -305,7 +305,7 @@ class GeneratorSignal(SampleRecord):
             computed the loss.
     """
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {
         "grad_x0": GRADIENT,
         "teacher_cotangent": GRADIENT,
         "grad_off": GRADIENT,
@@ -335,7 +335,7 @@ class DiversityStart(SampleRecord):
 
     SHARED: ClassVar[tuple[str, ...]] = ("grid",)
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"noise": VALUE, "text": VALUE}
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {"noise": VALUE, "text": VALUE}
 
     key: MicroBatchKey
     noise: Latents
@@ -357,7 +357,7 @@ class DiversityStart(SampleRecord):
 class DiversityTarget(SampleRecord):
     """The mean velocity of the teacher's way from the initial noise to its anchor."""
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"velocity": VALUE}
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {"velocity": VALUE}
 
     key: MicroBatchKey
     velocity: Latents

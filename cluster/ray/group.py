@@ -110,7 +110,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         pool: The pool whose ranks these are; None: the one called like the group.
         collective: Whether the ranks, if there are several, run collectives among themselves.
         replicas: Parts of the group that do so apart from one another.
-        narrow: Kinds of tensors that its results carry in bfloat16; see `cluster.transfer`.
+        bf16_kinds: Kinds of tensors that its results carry in bfloat16; see `cluster.transfer`.
         direct: Which results go past the object store; its own processes then have to be able to.
     """
 
@@ -124,7 +124,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         *,
         collective: bool = False,
         replicas: int = 1,
-        narrow: AbstractSet[str] = frozenset(),
+        bf16_kinds: AbstractSet[str] = frozenset(),
         direct: Direct | None = None,
     ) -> None:
         if isinstance(placement, Placement):
@@ -135,7 +135,7 @@ class RayWorkerGroup(WorkerGroup[W]):
             placement = Hosts(pool, placement, size, transport=transport)
         pools = [placement] if isinstance(placement, Hosts) else list(placement)
         self._seats = [_Seat(hosts, index) for hosts in pools for index in range(hosts.size)]
-        self._narrow = frozenset(narrow)
+        self._bf16_kinds = frozenset(bf16_kinds)
         self._direct = direct
         self._factory = factory
         self._args: tuple[Any, ...] = args
@@ -269,7 +269,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         }
         keep, send, apart = _fate(seat)
         owned = (
-            OwnedResult(seat.hosts, seat.index, seat.hosts.next_number(), self._narrow)
+            OwnedResult(seat.hosts, seat.index, seat.hosts.next_number(), self._bf16_kinds)
             if keep
             else None
         )
@@ -279,7 +279,7 @@ class RayWorkerGroup(WorkerGroup[W]):
             method,
             layout,
             current_label(),
-            self._narrow,
+            self._bf16_kinds,
             via is not None,
             None if owned is None else owned.number,
             send,
@@ -370,7 +370,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         if value.sent is not None:
             return value.sent.require()
         # It may have stayed in another process, which sends it now.
-        return owned.actor.deliver.remote(value.reference, owned.narrow, value.entry)
+        return owned.actor.deliver.remote(value.reference, owned.bf16_kinds, value.entry)
 
     def _start_state(self, rank: int) -> str:
         """Returns the state of a rank that is being started."""

@@ -83,7 +83,7 @@ class CallSpec:
         method: Its method.
         layout: How the arguments arrive.
         label: What the call is part of.
-        narrow: Kinds of tensors that the result carries in bfloat16, if it is sent.
+        bf16_kinds: Kinds of tensors that the result carries in bfloat16, if it is sent.
         direct: Whether the result goes past the object store, as it is.
         keep: Number under which a result that holds arrays stays here; None: it is sent.
         send: Whether a result that stays here is sent as well, as a second return value.
@@ -97,7 +97,7 @@ class CallSpec:
     method: str
     layout: ArgLayout
     label: Label
-    narrow: frozenset[str]
+    bf16_kinds: frozenset[str]
     direct: bool
     keep: int | None
     send: bool
@@ -117,10 +117,10 @@ class OwnedResult:
     It is lost with the process: another one in the same place does not have it.
     """
 
-    def __init__(self, hosts: "Hosts", rank: int, number: int, narrow: frozenset[str]) -> None:
+    def __init__(self, hosts: "Hosts", rank: int, number: int, bf16_kinds: frozenset[str]) -> None:
         self.actor = hosts.actors[rank]
         self.number = number
-        self.narrow = narrow
+        self.bf16_kinds = bf16_kinds
         weakref.finalize(self, hosts.dropped[rank].append, number)
 
 
@@ -380,13 +380,13 @@ class Host:
                 if spec.keep is not None:
                     # A later call of the same batch has nothing else to take it from.
                     self._kept[spec.keep] = result
-                wire = to_wire(result, where, spec.narrow)
+                wire = to_wire(result, where, spec.bf16_kinds)
                 return (wire, wire) if spec.send else wire
             # Not put on the wire, which would copy it from a GPU to main memory for nothing.
             require_constants(result, where)
             self._kept[spec.keep] = result
             marker = LocalRef(spec.keep)
-            return (marker, to_wire(result, where, spec.narrow)) if spec.send else marker
+            return (marker, to_wire(result, where, spec.bf16_kinds)) if spec.send else marker
         except Exception as error:
             raise self._portable(error, spec.worker, method) from None
         finally:
@@ -396,18 +396,20 @@ class Host:
             rank = self._rank_of(spec.worker)
             self._works.append(Work(spec.worker, rank, method, spec.label, *times))
 
-    def deliver(self, value: object, narrow: frozenset[str], entry: int | None = None) -> object:
+    def deliver(
+        self, value: object, bf16_kinds: frozenset[str], entry: int | None = None
+    ) -> object:
         """A result of this process for another one, kept or not.
 
         Args:
             value: What the call returned.
-            narrow: Kinds of tensors that travel in bfloat16.
+            bf16_kinds: Kinds of tensors that travel in bfloat16.
             entry: Which of the small results of a batch it is; None: the value itself.
         """
         value = value if entry is None else cast(Sequence[object], value)[entry]
         if not isinstance(value, LocalRef):
             return value
-        return to_wire(self._arrived(value), "a kept result", narrow)
+        return to_wire(self._arrived(value), "a kept result", bf16_kinds)
 
     def take_work(self, worker: str) -> list[Work]:
         """Returns the work of this worker since the last call."""

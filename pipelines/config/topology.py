@@ -165,7 +165,7 @@ class TopologySettings(Section):
     each."""
 
     @property
-    def narrowed(self) -> frozenset[str]:
+    def bf16_kinds(self) -> frozenset[str]:
         """Kinds of tensors that are rounded to bfloat16 on the way."""
         kinds = {VALUE: self.wire_dtype, GRADIENT: self.gradient_wire_dtype}
         return frozenset(kind for kind, dtype in kinds.items() if dtype == "bf16")
@@ -400,7 +400,7 @@ def _transport_contradictions(topology: TopologySettings, roles: Sequence[str]) 
         for role, number in gpus.items()
         if number < 1
     ]
-    if topology.narrowed:
+    if topology.bf16_kinds:
         problems.append(
             f"topology.transport {topology.transport} sends tensors as they are; set "
             "topology.wire_dtype and topology.gradient_wire_dtype to fp32"

@@ -201,7 +201,7 @@ class _RayOpener:
 
     Attributes:
         placement: Reserved resources.
-        narrow: Kinds of tensors that are rounded on the way.
+        bf16_kinds: Kinds of tensors that are rounded on the way.
         direct: What the roles send one another past the object store; None: nothing.
         shared: Pools of processes that roles share, by name; empty: each role has its own.
         service: Service that has the frozen roles; empty: none.
@@ -210,7 +210,7 @@ class _RayOpener:
     """
 
     placement: "Placement"
-    narrow: frozenset[str]
+    bf16_kinds: frozenset[str]
     direct: Direct | None
     shared: "Mapping[str, Hosts]"
     service: str = ""
@@ -226,10 +226,10 @@ class _RayOpener:
             from cluster.ray.service import BorrowedHosts
 
             lent = BorrowedHosts(self.service, name, team.size, self.borrower)
-            return RayWorkerGroup(name, factory, args, lent, narrow=self.narrow)
+            return RayWorkerGroup(name, factory, args, lent, bf16_kinds=self.bf16_kinds)
         if team.homes:
             hosts = [self.shared[home.pool] for home in team.homes]
-            return RayWorkerGroup(name, factory, args, hosts, narrow=self.narrow)
+            return RayWorkerGroup(name, factory, args, hosts, bf16_kinds=self.bf16_kinds)
         return RayWorkerGroup(
             name,
             factory,
@@ -237,7 +237,7 @@ class _RayOpener:
             self.placement,
             collective=team.ranks > 1,
             replicas=team.replicas,
-            narrow=self.narrow,
+            bf16_kinds=self.bf16_kinds,
             direct=self.direct if name in self.scheduled else None,
         )
 
@@ -259,7 +259,7 @@ def _ray_opener(config: DistillConfig, placement: "Placement", service: str) -> 
         for name, pool in topology.role_pools_of(config.roles).items():
             shared[name] = Hosts(name, placement, pool.ranks, shared=True)
     return _RayOpener(
-        placement, topology.narrowed, direct, shared, service, config.name, config.roles
+        placement, topology.bf16_kinds, direct, shared, service, config.name, config.roles
     )
 
 

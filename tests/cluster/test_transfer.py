@@ -86,7 +86,7 @@ def test_what_has_no_form_on_the_wire_is_named_with_its_place():
 class Letter:
     """A record of which two tensors may be rounded, each of its own kind."""
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"text": "value", "slope": "gradient"}
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {"text": "value", "slope": "gradient"}
 
     text: torch.Tensor
     slope: torch.Tensor
@@ -101,7 +101,7 @@ def _letter(dtype: torch.dtype = torch.float32) -> Letter:
 
 
 def _narrowed(value, *kinds):
-    return from_wire(pickle.loads(pickle.dumps(to_wire(value, narrow=set(kinds)), protocol=5)))
+    return from_wire(pickle.loads(pickle.dumps(to_wire(value, bf16_kinds=set(kinds)), protocol=5)))
 
 
 def test_only_tensors_of_the_kinds_that_were_named_are_rounded_on_the_way():
@@ -121,7 +121,7 @@ def test_rounding_is_off_by_two_to_the_minus_eight_at_most_and_halves_what_trave
     sent = _letter()
     error = (_narrowed(sent, "value").text - sent.text).abs() / sent.text.abs()
     assert 2**-9 < error.max() <= 2**-8
-    whole, half = (len(pickle.dumps(to_wire(sent, narrow=k))) for k in (set(), {"value"}))
+    whole, half = (len(pickle.dumps(to_wire(sent, bf16_kinds=k))) for k in (set(), {"value"}))
     assert whole - half == pytest.approx(4096 * 2, abs=100)
 
 

@@ -40,7 +40,7 @@ class Parcel:
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"coarse": "value"}
+    WIRE_KINDS: ClassVar[Mapping[str, str]] = {"coarse": "value"}
 
     coarse: Tensor
     fine: Tensor

@@ -105,7 +105,7 @@ def test_a_plain_tensor_argument_travels_too(second):
 
 def test_results_are_rounded_on_the_way_where_the_group_was_told_to(placement, second):
     with RayWorkerGroup(
-        "narrow", make_toy, (0,), placement, pool="doomed", narrow=frozenset({"value"})
+        "narrow", make_toy, (0,), placement, pool="doomed", bf16_kinds=frozenset({"value"})
     ) as narrow:
         answers = [
             second.call_rank(0, Toy.weigh, narrow.call_rank(0, Toy.scales, 1 + 2**-12)),

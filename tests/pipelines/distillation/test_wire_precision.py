@@ -13,7 +13,7 @@ from workers.settings import FakeScoreSettings
 
 
 def sent(value, *kinds):
-    return from_wire(to_wire(value, narrow=set(kinds)))
+    return from_wire(to_wire(value, bf16_kinds=set(kinds)))
 
 
 def signal_of(query: NoisedBatch, *kinds: str) -> GeneratorSignal:
@@ -27,13 +27,13 @@ def signal_of(query: NoisedBatch, *kinds: str) -> GeneratorSignal:
 
 
 def test_a_recipe_says_what_is_rounded_and_rounds_nothing_by_itself():
-    assert load_recipe("tiny").topology.narrowed == frozenset()
+    assert load_recipe("tiny").topology.bf16_kinds == frozenset()
     values = load_recipe("tiny", ["topology.wire_dtype=bf16"]).topology
-    assert values.narrowed == {VALUE}
+    assert values.bf16_kinds == {VALUE}
     both = load_recipe(
         "tiny", ["topology.wire_dtype=bf16", "topology.gradient_wire_dtype=bf16"]
     ).topology
-    assert both.narrowed == {VALUE, GRADIENT}
+    assert both.bf16_kinds == {VALUE, GRADIENT}
 
 
 def test_rounding_is_no_part_of_what_names_a_run():
