@@ -126,8 +126,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_a_job_is_waited_for_over_dropped_connections_and_bad_gateways():
-    with dashboard([0, 502, 0, 200]) as address:
+    answers = [0, 502, 0, 200]
+    with dashboard(answers) as address:
         wait_for_job(address, "job")
+    assert answers == [200]
 
 
 @pytest.mark.usefixtures("impatient")

@@ -189,6 +189,7 @@ class TestObjectStore:
         store.pipe_file(f"/set/{LEASE_OBJECT}", json.dumps(left).encode())
         with hold(folder, "next") as lease:
             lease.check()
+            assert json.loads(store.cat_file(f"/set/{LEASE_OBJECT}"))["token"] != "x"
 
     def test_a_lease_is_renewed_again_after_an_outage_longer_than_its_expiry(
         self, folder, monkeypatch

@@ -62,7 +62,7 @@ def merged(folder: Path, path: Path, tensors: Weights, header=None, strength=1.0
     return dict(WanExchange().merge_loras([ScaledLora({"": path}, strength)], folder))
 
 
-def expect(found: Weights, base: Weights, changes: Weights) -> None:
+def assert_merged(found: Weights, base: Weights, changes: Weights) -> None:
     """Checks the whole result against the base and changes taken in float64."""
     expected = dict(base)
     for name, change in changes.items():
@@ -100,7 +100,7 @@ def test_names_and_alphas_of_other_trainers(
     tensors |= {} if alpha is None else {f"{stem}.alpha": torch.tensor(alpha)}
     found = merged(folder, tmp_path / "lora.safetensors", tensors, strength=0.7)
     scale = 0.7 * (1 if alpha is None else alpha / RANK)
-    expect(found, base, {f"{LAYER}.weight": scale * product(base)})
+    assert_merged(found, base, {f"{LAYER}.weight": scale * product(base)})
 
 
 def test_every_layer_of_a_wan_has_a_name_in_each_program() -> None:
@@ -139,7 +139,7 @@ class TestSettings:
         found = merged(folder, path, tensors, self.header(**settings))
         layers = zip((LAYER, OTHER), scales, strict=True)
         changes = {f"{name}.weight": scale * product(base, name) for name, scale in layers}
-        expect(found, base, changes)
+        assert_merged(found, base, changes)
 
     @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft expects no bias in its own file
     def test_a_folder_of_peft_is_merged_as_peft_merges_it(self, folder, base, tmp_path) -> None:
@@ -176,11 +176,11 @@ class TestSettings:
     ) -> None:
         (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
         alone = merged(folder, tmp_path / "mine.safetensors", pair(base, LAYER))
-        expect(alone, base, {f"{LAYER}.weight": 4 * product(base)})
+        assert_merged(alone, base, {f"{LAYER}.weight": 4 * product(base)})
         assert not caplog.records
         save_file(pair(base, LAYER), tmp_path / "adapter_model.safetensors")
         beside = merged(folder, tmp_path / "mine.safetensors", pair(base, LAYER))
-        expect(beside, base, {f"{LAYER}.weight": product(base)})
+        assert_merged(beside, base, {f"{LAYER}.weight": product(base)})
         assert "adapter_config.json was not read" in caplog.text
 
     @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ class TestSettings:
         tensors = pair(base, LAYER) | {f"{LAYER}.alpha": torch.tensor(1.0)}
         path = tmp_path / "lora.safetensors"
         agreed = merged(folder, path, tensors, self.header(lora_alpha=1))
-        expect(agreed, base, {f"{LAYER}.weight": product(base) / 2})
+        assert_merged(agreed, base, {f"{LAYER}.weight": product(base) / 2})
         with pytest.raises(ModelFolderError, match="alpha of 1, and the LoRA's settings say 8"):
             merged(folder, path, tensors, self.header(lora_alpha=8))
 
@@ -238,7 +238,7 @@ class TestWholeDifferences:
         tensors |= {f"diffusion_model.{name}": value for name, value in whole.items()}
         found = merged(folder, tmp_path / "lora.safetensors", tensors, strength=0.5)
         changes = {own: 0.5 * whole[name].double() for name, own in WHOLE.items()}
-        expect(found, base, changes | {f"{LAYER}.weight": 0.5 * product(base)})
+        assert_merged(found, base, changes | {f"{LAYER}.weight": 0.5 * product(base)})
 
     def test_the_bias_of_a_lora_has_its_scale(self, folder, base, tmp_path) -> None:
         bias = drawn(*base[f"{PREFIX}{LAYER}.bias"].shape)
@@ -246,7 +246,7 @@ class TestWholeDifferences:
         tensors[f"{LAYER}.alpha"] = torch.tensor(8.0)
         found = merged(folder, tmp_path / "lora.safetensors", tensors)
         changes = {f"{LAYER}.weight": 4 * product(base), f"{LAYER}.bias": 4 * bias.double()}
-        expect(found, base, changes)
+        assert_merged(found, base, changes)
 
     def test_a_convolution_has_a_lora_too(self, folder, base, tmp_path) -> None:
         shape = base[f"{PREFIX}patch_embedding.weight"].shape
@@ -255,7 +255,7 @@ class TestWholeDifferences:
         tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
         found = merged(folder, tmp_path / "lora.safetensors", tensors)
         change = torch.einsum("orxyz,rcthw->octhw", up.double(), down.double())
-        expect(found, base, {"patch_embedding.weight": change})
+        assert_merged(found, base, {"patch_embedding.weight": change})
 
 
 def test_several_files_are_summed_each_with_its_strength(folder, base, tmp_path) -> None:
@@ -267,7 +267,7 @@ def test_several_files_are_summed_each_with_its_strength(folder, base, tmp_path)
         loras.append(ScaledLora({"": path}, strength))
         total += strength * (up.double() @ down.double())
     found = dict(WanExchange().merge_loras(loras, folder))
-    expect(found, base, {f"{LAYER}.weight": total})
+    assert_merged(found, base, {f"{LAYER}.weight": total})
 
 
 def test_each_expert_takes_its_own_file(tmp_path) -> None:
