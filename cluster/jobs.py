@@ -188,7 +188,7 @@ def wait_for_job(address: str, job_id: str) -> None:
 
 
 def job_metadata(address: str, job_id: str) -> dict[str, str]:
-    """The words that were given to Ray beside a job.
+    """The metadata that a job was submitted with, such as the folder of its run.
 
     Raises:
         JobError: The cluster cannot be reached, or knows no such job.

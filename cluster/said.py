@@ -76,7 +76,7 @@ class SaidHandler(logging.Handler):
             logging.getLogger(name).addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Takes in one line."""
+        """Keeps a log line, shortened and without secrets, and writes it to standard error."""
         self._number += 1
         message = without_secrets(record.getMessage())[:_LONGEST]
         said = Said(self._number, time.time(), record.levelname, *self._place(), message)

@@ -66,7 +66,7 @@ class CallBatch(Protocol):
     """Calls that a group holds back, to make them as one."""
 
     def submit(self) -> None:
-        """Makes them."""
+        """Makes the calls that were held back, as one."""
         ...
 
     def abandon(self) -> None:

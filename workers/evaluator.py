@@ -69,11 +69,14 @@ class Sampling:
 
 
 def clips_side_by_side(most: int, tokens: int) -> int:
-    """Clips that are sampled side by side.
+    """Largest batch of clips that the network is given at once.
 
     Args:
-        most: That are asked for.
-        tokens: Of one of them, in the network.
+        most: Batch that is asked for.
+        tokens: Tokens of one clip in the network.
+
+    Returns:
+        At least 1 and at most `most`; its tokens are at most `TOKENS_SIDE_BY_SIDE`, or one clip's.
     """
     return max(1, min(most, TOKENS_SIDE_BY_SIDE // tokens))
 

@@ -70,7 +70,7 @@ class SignalsThatTrack:
         return list(self._walked)
 
     def clear(self) -> None:
-        """Forgets what waits."""
+        """Forgets all micro-batches that wait for tracking, and their loss terms."""
         self._walked.clear()
 
     def signal(self, leaf: NoisedBatch, velocity_teacher: Latents, share: float) -> GeneratorSignal:

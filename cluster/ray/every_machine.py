@@ -35,7 +35,7 @@ class OnMachines(Placement):
         self._nodes = tuple(nodes)
 
     def pool(self, name: str) -> Pool:
-        """The pool."""
+        """The one pool of a check, whatever the name: a process on each machine."""
         return self._pool
 
     def actor_options(self, name: str, rank: int) -> dict[str, Any]:

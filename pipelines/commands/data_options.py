@@ -100,7 +100,7 @@ class ClipLimitOptions(OptionGroup):
     ] = MAX_HANG_S
 
     def limits(self) -> ClipLimits:
-        """Returns all of them but that of a single call."""
+        """Limits of a clip; the limit of a single call of the decoder is passed on by itself."""
         return ClipLimits(
             self.max_pixels, self.max_frames, self.max_seconds, self.max_decode_seconds
         )

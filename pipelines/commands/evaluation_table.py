@@ -50,7 +50,7 @@ def table(evaluation: Evaluation) -> Group:
 
 
 def legend(evaluation: Evaluation) -> str:
-    """Explains the columns."""
+    """Lines below the table that say what its columns measure and how clips were sampled."""
     guidance = evaluation.row(REFERENCE).guidance_scale
     earlier = "; * timed earlier" if any(row.remembered for row in evaluation.rows) else ""
     lines = [

@@ -48,7 +48,7 @@ class CommandStops:
         self._first_s = 0.0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal."""
+        """Interrupts the command; a second signal, or one without work, ends the process."""
         now_s, name = time.monotonic(), signal.Signals(number).name
         if number == self.received and now_s - self._first_s < TWICE_S:
             return

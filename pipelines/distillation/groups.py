@@ -81,7 +81,7 @@ class Groups:
 
     @property
     def all(self) -> list[WorkerGroup[Any]]:
-        """Every group."""
+        """Groups of learners, teacher, text encoder and feed, and the validator if there is one."""
         roles = self.roles
         found: list[WorkerGroup[Any]] = [
             *roles.learners.values(),

@@ -342,5 +342,5 @@ def _address(config: DistillConfig) -> str | None:
 
 
 def in_gb(num_bytes: float) -> str:
-    """Bytes in words."""
+    """Bytes as decimal gigabytes with three digits: `14.2 GB`."""
     return f"{num_bytes / GB:.3g} GB"

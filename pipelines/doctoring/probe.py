@@ -99,7 +99,7 @@ class MachineProbe:
         return sees_marker(path)
 
     def remove_marker(self, path: str) -> None:
-        """Deletes the file."""
+        """Deletes the file of the storage check."""
         remove_marker(path)
 
     def model_content(self, model: str) -> dict[str, str]:

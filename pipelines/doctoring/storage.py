@@ -91,7 +91,7 @@ def sees_marker(path: str) -> bool:
 
 
 def remove_marker(path: str) -> None:
-    """Deletes a marker."""
+    """Deletes the file of the storage check."""
     with suppress(OSError):
         Path(path).unlink()
 

@@ -72,7 +72,7 @@ class RankMemory:
         return self.total <= hardware.usable_bytes and self.main_memory <= room
 
     def to_json(self) -> dict[str, Any]:
-        """In GB."""
+        """Parts and total in GB, rounded to hundredths; parts that are 0 may be missing."""
         parts = {"state": self.state, "gathered": self.gathered}
         parts |= {"graphs": self.graphs, "working": self.working, "total": self.total}
         parts |= {"host": self.host} if self.host else {}

@@ -52,7 +52,7 @@ def build_vae(settings: VaeSettings) -> AutoencoderKLWan:
 def build_transformer(
     settings: DenoiserSettings, text: TextSettings, latent_channels: int
 ) -> WanTransformer3DModel:
-    """An untrained denoiser."""
+    """A denoiser with the first values of diffusers, drawn from torch's global generator."""
     return WanTransformer3DModel(
         patch_size=settings.patch_size,
         num_attention_heads=settings.num_heads,
@@ -86,7 +86,7 @@ def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def new_text_encoder(settings: TextSettings, vocabulary_size: int) -> UMT5EncoderModel:
-    """An untrained caption encoder."""
+    """A caption encoder with the first values of transformers, from torch's global generator."""
     config = UMT5Config(
         vocab_size=vocabulary_size,
         d_model=settings.hidden_dim,

@@ -46,7 +46,7 @@ class QualityReport:
     reconstructed: WorldScores
 
     def in_words(self) -> str:
-        """One line for people."""
+        """Scores of the guided clips in one line."""
         good = self.guided
         last = (
             f"speed rank correlation {good.speed_spearman:.3f}"

@@ -52,7 +52,7 @@ def alarm_kinds(lines: Sequence[Line]) -> list[AlarmKind]:
 
 
 def marks(lines: Sequence[Line]) -> list[Mark]:
-    """One mark an alarm."""
+    """A mark for each alarm at its iteration, for the curves of the report."""
     return [
         Mark(line.iteration, f"{title(_name(line))} at {line.iteration}: {_against(line)}")
         for line in lines

@@ -77,7 +77,7 @@ def write_page(runs: Sequence[RunRecords], output: str | Path | None = None) -> 
 
 
 def report_html(runs: Sequence[RunRecords]) -> str:
-    """The page as text."""
+    """HTML of the report as one text that refers to no other file."""
     # Whatever a run has recorded is escaped; what is trusted is marked so in the template.
     templates = page_templates(_ASSETS)
     templates.filters |= {"duration": duration, "number": number}

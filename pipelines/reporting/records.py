@@ -192,7 +192,7 @@ def numbers(entry: object) -> dict[str, float]:
 
 
 def finite(values: Sequence[float]) -> list[float]:
-    """The finite ones."""
+    """The values that are neither NaN nor infinite, in order."""
     return [value for value in values if math.isfinite(value)]
 
 

@@ -40,36 +40,36 @@ class Observers(RunObserver):
         self._observers = tuple(observers)
 
     def note(self, text: str) -> None:
-        """Passes it on."""
+        """Passes a sentence to every observer, in order."""
         for observer in self._observers:
             observer.note(text)
 
     def iteration(self, record: IterationRecord) -> None:
-        """Passes it on."""
+        """Passes the record of an iteration to every observer."""
         for observer in self._observers:
             observer.iteration(record)
 
     def validation(self, record: ValidationRecord, samples: Path) -> None:
-        """Passes it on."""
+        """Passes a validation and its clips to every observer."""
         for observer in self._observers:
             observer.validation(record, samples)
 
     def alarm(self, alarm: Alarm) -> None:
-        """Passes it on."""
+        """Passes an alarm to every observer."""
         for observer in self._observers:
             observer.alarm(alarm)
 
     def event(self, event: RunEvent) -> None:
-        """Passes it on."""
+        """Passes a failure or its repair to every observer."""
         for observer in self._observers:
             observer.event(event)
 
     def warning(self, text: str) -> None:
-        """Passes it on."""
+        """Passes a warning to every observer."""
         for observer in self._observers:
             observer.warning(text)
 
     def said(self, said: Said) -> None:
-        """Passes it on."""
+        """Passes a log line of a process to every observer."""
         for observer in self._observers:
             observer.said(said)

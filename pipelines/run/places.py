@@ -20,7 +20,7 @@ def add_copy(root: Path, address: str) -> None:
 
 
 def remove_copy(root: Path) -> None:
-    """Ends what `add_copy` began."""
+    """Forgets that a local folder stands for an address; does nothing if it does not."""
     _COPIES.pop(root, None)
 
 

@@ -146,7 +146,7 @@ class StopRequests:
         return StopRequestedError(attempted, f"stopped by {self.received}; {state}", remedy=remedy)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal."""
+        """Asks the run to stop after its iteration; a second signal ends the process at once."""
         now_s = time.monotonic()
         name = signal.Signals(number).name
         if self.received:

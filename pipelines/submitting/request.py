@@ -98,7 +98,7 @@ class JobRequest:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Settings beside the recipe."""
+        """The `KEY=VALUE` arguments after the recipe, as they were given."""
         return self.arguments[1:]
 
 

@@ -39,7 +39,7 @@ def seeds_of(config: DistillConfig) -> tuple[int, ...]:
 
 
 def num_runs(config: DistillConfig) -> int:
-    """Runs of a whole sweep."""
+    """Number of runs: points (all of a grid, else `sweep.trials`) times seeds."""
     sweep = config.sweep
     points = num_combinations(sweep.dimensions) if sweep.search == "grid" else sweep.trials
     return points * len(seeds_of(config))

@@ -30,7 +30,7 @@ class Draw(Protocol):
         ...
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:  # noqa: ANN401 - any YAML
-        """Draws one of several."""
+        """Draws one of several values; the name is that of the dimension."""
         ...
 
 

@@ -54,7 +54,7 @@ class Trial:
 
     @property
     def in_words(self) -> str:
-        """Its settings."""
+        """Settings of the trial as `key=value`, for a line of progress."""
         return settings_in_words(self.settings)
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class TrialBook:
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """All of them."""
+        """All trials, in the order in which they began."""
         return tuple(self._trials.values())
 
     @property
@@ -136,7 +136,7 @@ class TrialBook:
         )
 
     def end(self, name: str, state: TrialState, error: str = "") -> None:
-        """Closes a trial."""
+        """Records how a trial ended, with its error where it failed."""
         self._put(replace(self._trials[name], state=state, error=error))
 
     def keep(self, names: Collection[str]) -> None:
@@ -149,6 +149,6 @@ class TrialBook:
         self.write()
 
     def write(self) -> None:
-        """Writes the file."""
+        """Writes all trials to `trials.json`, whole."""
         write_json(str(self._path), {"trials": [each.to_json() for each in self.trials]})
         self._on_written()

@@ -187,7 +187,7 @@ class ConsistentObjective(Protocol):
 
     @property
     def consistency(self) -> ConsistencyTerm:
-        """The term."""
+        """Term on noised latents of the data: its weight, warm-up and law of noise levels."""
         ...
 
     @property

@@ -379,7 +379,7 @@ class ModelFamily(Protocol):
         ...
 
     def load_tokenizer(self, folder: Path) -> CaptionTokenizer:
-        """Load the tokenizer alone."""
+        """Load the tokenizer alone, which counts the tokens of captions; no weights are read."""
         ...
 
     def open_sampler(self, folder: Path, device: str) -> ClipSampler:

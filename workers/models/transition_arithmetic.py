@@ -30,7 +30,7 @@ class TransitionShape(DerivedShape):
 
     @property
     def denoiser(self) -> WanShape:
-        """The denoiser."""
+        """Shape of the base's denoiser, of which backbone and flow head are made."""
         return self.base
 
     @property

@@ -30,7 +30,7 @@ class UnknownWords:
     words: tuple[str, ...]
 
     def in_words(self) -> str:
-        """One line."""
+        """Number of captions with unknown words, and some of these words, in one sentence."""
         examples = f", such as {', '.join(map(repr, self.words))}" if self.words else ""
         return (
             f"{self.num_affected} of the {self.num_captions} captions read have words that the"

@@ -70,12 +70,12 @@ class CheckReport:
 
     @property
     def is_usable(self) -> bool:
-        """The verdict."""
+        """True without problems, if at most `max_bad_fraction` of the rows, and not all, are bad."""
         few = self.num_bad <= self.max_bad_fraction * self.num_rows
         return not self.problems and self.num_bad < self.num_rows and few
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The report's fields, with `usable` and `bad_rows`."""
         return {"usable": self.is_usable, "bad_rows": self.num_bad} | asdict(self)
 
 
@@ -106,7 +106,7 @@ class CheckTally:
         self._kinds: dict[str, Counter[str]] = defaultdict(Counter)
 
     def add(self, facts: GroupFacts) -> None:
-        """One row group, in the order of the set."""
+        """Adds a row group; duplicates are found if groups come in the order of the set."""
         named = np.flatnonzero(facts.has_id)
         again = named[self._ids.add_digests(facts.ids[named])] + facts.first_row
         repeated = np.setdiff1d(again, facts.bad.rows)

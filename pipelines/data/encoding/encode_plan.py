@@ -101,7 +101,7 @@ def plan_parts(catalogue: Catalogue, max_rows: int) -> list[Part]:
 
 
 def digest(parts: Sequence[Part]) -> str:
-    """Tells two plans apart."""
+    """16 hexadecimal digits of a plan's parts and rows, equal for equal plans."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -43,7 +43,7 @@ class SkippedKind:
     example: str
 
     def in_words(self) -> str:
-        """One line."""
+        """Kind of file, number and an example: `links to folders: 2, such as a/b`."""
         return f"{self.what}: {self.count}, such as {self.example}"
 
 
@@ -54,7 +54,7 @@ class SkippedFiles:
         self._kinds: dict[str, SkippedKind] = {}
 
     def add(self, what: str, example: str) -> None:
-        """Counts one file."""
+        """Counts a file of a kind; the first one of a kind is its example."""
         if what not in self._kinds and len(self._kinds) >= _MOST_KINDS:
             what = OTHER_KINDS
         known = self._kinds.get(what)

@@ -110,7 +110,7 @@ class Rejection:
         return join_reason(self.reason, self.detail)
 
     def in_words(self) -> str:
-        """One line."""
+        """Place and reason of the rejection: `part-0.parquet, row 3: empty_caption`."""
         place = self.source if self.row is None else f"{self.source}, row {self.row}"
         return f"{place}: {self.why}"
 

@@ -54,7 +54,7 @@ class Batch:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """One for each."""
+        """Caption of each row, in order."""
         return tuple(self.rows.column(CAPTION).to_pylist())
 
     def __reduce__(self) -> tuple[Any, ...]:

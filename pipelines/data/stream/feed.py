@@ -162,7 +162,7 @@ class Feed:
         Args:
             num_rows: How many.
             columns: Columns of theirs that will be asked for; None: all that are read.
-            draw: Is of no account: this is one set.
+            draw: Not used: draws choose among several sets, and this feed has one.
 
         Raises:
             DataError: The server failed, or a whole epoch has no usable row.

@@ -149,7 +149,7 @@ class MemberDiscriminator:
         return self._term.generator_loss(self._heads(made, sigma, query.text)).value
 
     def step(self) -> None:
-        """Updates the heads."""
+        """One update of the heads by the gathered gradients."""
         self._optimizer.step()
 
 

@@ -48,7 +48,7 @@ class StudyCell:
 
 
 def cells(config: GaussianStudyConfig) -> Iterator[StudyCell]:
-    """All cells, world by world."""
+    """Every variant in every world that it is for, world by world."""
     for world in config.worlds:
         for variant in config.variants:
             if world in config.worlds_of(variant):

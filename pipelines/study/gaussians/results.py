@@ -50,7 +50,7 @@ class CellResult:
 
     @property
     def end(self) -> MeasuredPoint:
-        """The last point."""
+        """Point measured at the end of the budget."""
         return self.points[-1]
 
     @property

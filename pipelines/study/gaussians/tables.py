@@ -45,7 +45,7 @@ class GaussianResults:
         return [cell for cell in self.cells if cell.world == world]
 
     def cell(self, world: str, variant: str) -> CellResult:
-        """One cell."""
+        """Result of a variant in a world; a variant that was not run there is a StopIteration."""
         return next(cell for cell in self.of(world) if cell.variant == variant)
 
     def to_json(self) -> dict[str, Any]:
