@@ -70,7 +70,7 @@ class CheckReport:
 
     @property
     def is_usable(self) -> bool:
-        """True without problems, if at most `max_bad_fraction` of the rows, and not all, are bad."""
+        """True without problems, if at most `max_bad_fraction` of the rows are bad, and not all."""
         few = self.num_bad <= self.max_bad_fraction * self.num_rows
         return not self.problems and self.num_bad < self.num_rows and few
 
