@@ -29,7 +29,7 @@ from harness import (
 )
 
 from cluster.ray.group import RayWorkerGroup
-from cluster.ray.host import Hosts
+from cluster.ray.hosts import Hosts
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
 from cluster.runtime import start_ray

@@ -26,7 +26,8 @@ from tests.helpers.small_network import (
 )
 from tests.helpers.toy_family import write_toy
 from workers.measures import MEASURES
-from workers.models.family import Denoiser, DenoiserShape, ModelFamily
+from workers.models.family import Denoiser, ModelFamily
+from workers.models.shape import DenoiserShape
 
 ROOT = Path(__file__).parents[1]
 HELPERS = ROOT / "tests" / "helpers"

@@ -17,7 +17,7 @@ from sgmd_core.types import Draws, MicroBatchKey, TextBatch
 from workers.compute import prepare_network
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
-from workers.models.family import PassFlops
+from workers.models.shape import PassFlops
 from workers.models.wan import WanVelocity
 from workers.models.wan_arithmetic import WanShape
 from workers.network_settings import ComputeSettings

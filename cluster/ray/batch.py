@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 if TYPE_CHECKING:
-    from cluster.ray.host import CallSpec, Hosts
+    from cluster.ray.host import CallSpec
+    from cluster.ray.hosts import Hosts
 
 
 @dataclass(slots=True, eq=False)

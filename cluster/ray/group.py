@@ -30,7 +30,8 @@ from cluster.joined import JoinedFuture
 from cluster.ray.batch import CallAnswer, HostBatch
 from cluster.ray.direct import Direct
 from cluster.ray.failures import OPEN_GROUPS, first_failure, late_call, raise_cause
-from cluster.ray.host import ArgLayout, CallSpec, Hosts, LocalRef, OwnedResult, SplitArgument
+from cluster.ray.host import ArgLayout, CallSpec, LocalRef, SplitArgument
+from cluster.ray.hosts import Hosts, OwnedResult
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Work, current_label
 from cluster.transfer import array_in, from_wire, to_wire

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.ray.group import RayFuture, RayWorkerGroup
-from cluster.ray.host import Hosts
+from cluster.ray.hosts import Hosts
 from cluster.worker_group import Future
 
 Process = tuple[str, int]

@@ -31,7 +31,8 @@ from ray.exceptions import RayError
 
 from cluster.background import in_background
 from cluster.errors import ClusterError
-from cluster.ray.host import Host, Hosts
+from cluster.ray.host import Host
+from cluster.ray.hosts import Hosts
 from cluster.ray.pools import Pool
 from cluster.ray.rendezvous import Rendezvous
 from cluster.ray.topology import Placement, reserve

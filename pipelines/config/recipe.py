@@ -52,7 +52,8 @@ from pipelines.config.shuffled import part_contradictions, shuffling_contradicti
 from pipelines.config.steps import step_contradictions
 from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
-from pipelines.config.topology import TopologySettings, topology_contradictions
+from pipelines.config.topology import TopologySettings
+from pipelines.config.topology_check import topology_contradictions
 from pipelines.config.unreached import unreached_parts
 from pipelines.config.unread import unread_settings
 from pipelines.config.walk import walk_contradictions

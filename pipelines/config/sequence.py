@@ -7,8 +7,8 @@ from pipelines.config.attention import ComputedSections
 from pipelines.config.roles import GENERATOR
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives.consistency import consistency_of
-from workers.models.family import DenoiserShape
 from workers.models.folder import LatentShape
+from workers.models.shape import DenoiserShape
 
 
 class SplitSections(ComputedSections, Protocol):

@@ -11,7 +11,7 @@ from functools import reduce
 from typing import Any
 
 from pipelines.config.roles import DISCRIMINATOR
-from pipelines.config.topology import unread_in_mode
+from pipelines.config.topology_check import unread_in_mode
 from sgmd_core.errors import ConfigError
 
 _MODE = "topology.mode"

@@ -64,7 +64,7 @@ from workers.text_encoder import TextEncoder
 
 # Ray is imported where it starts: mode `local` runs on machines that do not have it.
 if TYPE_CHECKING:
-    from cluster.ray.host import Hosts
+    from cluster.ray.hosts import Hosts
     from cluster.ray.topology import Placement
 
 W = TypeVar("W")
@@ -250,7 +250,7 @@ def direct_of(transport: str) -> Direct | None:
 
 
 def _ray_opener(config: DistillConfig, placement: "Placement", service: str) -> _RayOpener:
-    from cluster.ray.host import Hosts
+    from cluster.ray.hosts import Hosts
 
     topology = config.topology
     direct = direct_of(topology.transport)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipelines.config.roles import DISCRIMINATOR, GENERATOR, TEACHER
 from pipelines.planning.workload import Workload
-from workers.models.family import DenoiserShape
+from workers.models.shape import DenoiserShape
 from workers.moment_codes import BYTES_PER_ENTRY
 
 

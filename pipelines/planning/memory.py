@@ -34,7 +34,7 @@ from pipelines.planning.kept_bytes import (
 )
 from pipelines.planning.traffic import weight_bytes
 from pipelines.planning.workload import Workload
-from workers.models.family import DenoiserShape
+from workers.models.shape import DenoiserShape
 
 _FLOAT = 4
 # Fitted to counted bytes; the tests hold them against networks.

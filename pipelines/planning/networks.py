@@ -14,7 +14,8 @@ from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from workers.adapters import targeted
 from workers.models.configs import INDEX_FILE
 from workers.models.families import families, family_of
-from workers.models.family import DenoiserShape, ModelFamily, ModelShape
+from workers.models.family import ModelFamily
+from workers.models.shape import DenoiserShape, ModelShape
 from workers.models.wan_arithmetic import ExpertsShape
 
 _OF_THE_HUB = {

@@ -29,7 +29,7 @@ from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.objectives.meanflow import flow_is_guided, flow_of
 from sgmd_core.seeds import exit_of, rollout_steps
 from sgmd_core.types import MicroBatchKey, Purpose
-from workers.models.family import DenoiserShape
+from workers.models.shape import DenoiserShape
 
 PassTable = Mapping[str, Passes]
 """Passes by `role.stage`, as metrics.jsonl names stages."""

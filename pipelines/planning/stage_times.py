@@ -29,7 +29,7 @@ from pipelines.run.places import shared_place
 from pipelines.run.working_copy import run_copy
 from sgmd_core.errors import ConfigError
 from workers.models.families import family_named
-from workers.models.family import PassFlops
+from workers.models.shape import PassFlops
 
 _FAMILY_OF_BENCHMARKS = "wan"
 """Family of a gpu.json that does not name one."""

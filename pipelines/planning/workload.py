@@ -50,7 +50,7 @@ from sgmd_core.objectives.meanflow import flow_is_guided, flow_of
 from sgmd_core.types import Looks
 from workers.attention import KERNELS
 from workers.discriminator_heads import num_head_parameters
-from workers.models.family import DenoiserShape, ModelShape
+from workers.models.shape import DenoiserShape, ModelShape
 from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.settings import DiversitySettings
 

@@ -39,7 +39,7 @@ from pipelines.stages.algorithm import (
 from sgmd_core.metrics.lag import settling_updates
 from sgmd_core.objectives import ComparedStates, GradientPath
 from sgmd_core.types import Looks, Purpose
-from workers.models.family import PassFlops
+from workers.models.shape import PassFlops
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,15 +26,11 @@ from sgmd_core.errors import ModelFolderError, ShapeError
 from workers.models.architecture import CheckedComponent, NetworkKind, check_network
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
 from workers.models.exporting import Components, copy_components
-from workers.models.family import (
-    Denoiser,
-    FamilyTraits,
-    ModelShape,
-    PassFlops,
-)
+from workers.models.family import Denoiser, FamilyTraits
 from workers.models.folder import ClipGeometry, FolderLayout, LatentShape, ModelFolder
 from workers.models.loading import load_network
 from workers.models.sampling import EulerSampler, SamplingRules
+from workers.models.shape import ModelShape, PassFlops
 from workers.models.sharded_loading import load_sharded
 from workers.models.vocabulary import UnknownWords
 from workers.models.weights import DIFFUSERS_STEM

@@ -26,7 +26,7 @@ from workers.models.configs import (
     require_plain_weights,
 )
 from workers.models.exporting import Components
-from workers.models.family import Denoiser, FamilyTraits, ModelShape
+from workers.models.family import Denoiser, FamilyTraits
 from workers.models.folder import (
     ClipGeometry,
     EncoderSizes,
@@ -35,6 +35,7 @@ from workers.models.folder import (
     require_autoencoder,
 )
 from workers.models.sampling import SamplingRules
+from workers.models.shape import ModelShape
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
 from workers.models.wan_arithmetic import WanShape
 from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM, lacks_weights

@@ -9,8 +9,8 @@ states after it do.
 from dataclasses import dataclass, replace
 from math import prod
 
-from workers.models.family import PassFlops
 from workers.models.flow_head import NUM_FEATURES
+from workers.models.shape import PassFlops
 from workers.models.wan_arithmetic import DerivedShape, WanShape
 
 

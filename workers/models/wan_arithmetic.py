@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Self
 
-from workers.models.family import PassFlops
+from workers.models.shape import PassFlops
 
 _TIME_CHANNELS = 6
 """Shift, scale and gate before self-attention and before feed-forward."""

@@ -19,8 +19,9 @@ from sgmd_core.collector import paused_collector
 from sgmd_core.phases import Expert
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
-from workers.models.family import Denoiser, ModelShape
+from workers.models.family import Denoiser
 from workers.models.folder import ModelFolder
+from workers.models.shape import ModelShape
 from workers.models.wan_arithmetic import RELEASED_SHAPES, ExpertsShape, WanShape
 from workers.models.wan_family import (
     EXPERTS_LAYOUT,

@@ -30,7 +30,7 @@ from workers.models.configs import (
 )
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
-from workers.models.family import Denoiser, DenoiserShape, FamilyTraits, ModelShape
+from workers.models.family import Denoiser, FamilyTraits
 from workers.models.folder import (
     ClipGeometry,
     EncoderSizes,
@@ -39,6 +39,7 @@ from workers.models.folder import (
     require_autoencoder,
 )
 from workers.models.sampling import ClipSampler, SamplingRules
+from workers.models.shape import DenoiserShape, ModelShape
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
 from workers.models.wan_arithmetic import RELEASED_SHAPES, WanShape
 from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM, lacks_weights

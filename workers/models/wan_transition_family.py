@@ -21,10 +21,11 @@ from sgmd_core.errors import ModelFolderError
 from sgmd_core.schedule import MAX_STEPS
 from workers.models.configs import CONFIG_FILE, read_model_json, require_plain_weights
 from workers.models.exporting import Components
-from workers.models.family import Denoiser, ModelShape
+from workers.models.family import Denoiser
 from workers.models.flow_head import is_count, is_shift
 from workers.models.folder import ModelFolder
 from workers.models.sampling import ClipSampler
+from workers.models.shape import ModelShape
 from workers.models.transition_arithmetic import TransitionShape
 from workers.models.wan_arithmetic import WanShape
 from workers.models.wan_family import (

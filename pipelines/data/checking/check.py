@@ -28,6 +28,7 @@ from pipelines.data.checking.check_group import (
     nothing_read,
 )
 from pipelines.data.checking.check_report import CheckReport, CheckTally
+from pipelines.data.checking.opened_set import OpenedSet, OpenShard, open_all_shards
 from pipelines.data.clips.clip_format import ClipLimits
 from pipelines.data.clips.guarded_process import Died, GuardedProcess
 from pipelines.data.clips.hang_guard import MAX_HANG_S
@@ -39,34 +40,18 @@ from pipelines.data.making.caption_file import (
 )
 from pipelines.data.making.ordered_pool import map_in_order
 from pipelines.data.shards.columns import (
-    SETTLING_SHARDS,
-    ColumnMap,
     ColumnNames,
-    kind_of,
-    map_columns,
-    require_named,
-    settle_names,
 )
 from pipelines.data.shards.filesystem import data_errors, open_folder
 from pipelines.data.shards.index import Shard, read_index, unfinished_in_words, write_index
 from pipelines.data.shards.listing import other_files
-from pipelines.data.shards.parquet import Footer
-from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.rejection import Reason, Rejection
-from pipelines.data.shards.scan import ScannedShard, scan_folder
 from pipelines.data.shards.schema import (
-    CAPTION,
-    FPS,
-    REQUIRED_COLUMNS,
-    VIDEO,
     Encoding,
     ShardKind,
-    encoding_of,
 )
 from pipelines.data.shards.stored_buckets import read_buckets
 from sgmd_core.errors import DataError
-
-_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,69 +86,6 @@ class CheckOptions:
     names: ColumnNames = ColumnNames()
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenShard:
-    """A shard whose footer could be read."""
-
-    shard: Shard
-    kind: ShardKind
-    encoding: Encoding | None
-    columns: ColumnMap
-    stored: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class _Opened:
-    """All shards as scanned; those with rows that can be used; and those that cannot."""
-
-    url: str
-    names: ColumnNames
-    listed: list[ScannedShard] = field(default_factory=list)
-    shards: list[_OpenShard] = field(default_factory=list)
-    unreadable: list[Rejection] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    is_settled: bool = False
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the shards that can be opened."""
-        return sum(each.shard.num_rows for each in self.shards)
-
-    @property
-    def num_unread(self) -> int:
-        """Rows of the shards that cannot be opened: each counts as many as the others have."""
-        per_shard = max(1, round(self.num_rows / len(self.shards))) if self.shards else 1
-        return per_shard * len(self.unreadable)
-
-    def take(self, some: Sequence[ScannedShard]) -> None:
-        """Sorts shards that have bytes; the first of them settle the names of the columns.
-
-        Raises:
-            DataError: A column that the caller names is in none of the first shards.
-        """
-        if not self.is_settled:
-            first = [
-                each.footer.schema for each in some[:SETTLING_SHARDS] if each.footer is not None
-            ]
-            require_named(self.url, first, self.names)
-            settled = settle_names(first, self.names)
-            if isinstance(settled, Fault):
-                setting = self.names.setting_of(CAPTION)
-                self.problems.append(f"{settled.reason}, in different shards; see {setting}")
-            else:
-                self.names = settled
-            self.is_settled = True
-        for each in some:
-            if each.footer is None:
-                self.unreadable.append(_unreadable(each.shard, each.fault))
-            elif not each.is_empty:
-                found = _open(each.shard, each.footer, self.names)
-                if isinstance(found, Rejection):
-                    self.unreadable.append(found)
-                else:
-                    self.shards.append(found)
-
-
 def check_shards(
     url: str,
     options: CheckOptions = CheckOptions(),
@@ -183,7 +105,7 @@ def check_shards(
     columns = caption_file_in_words(url, options.names)
     place = open_set(url, names=options.names)
     filesystem, root = place.filesystem, place.root
-    opened = _open_all(filesystem, root, only, place.names, on_progress)
+    opened = open_all_shards(filesystem, root, only, place.names, on_progress)
     shards = opened.shards
     if not opened.listed:
         raise no_shards(f"checking {url}", filesystem, root, only)
@@ -240,7 +162,7 @@ def _tally(
     return tally
 
 
-def _examples(url: str, opened: _Opened, tally: CheckTally, *, is_made: bool) -> list[str]:
+def _examples(url: str, opened: OpenedSet, tally: CheckTally, *, is_made: bool) -> list[str]:
     """The first rejections in words; those of a file of captions by their rows in it."""
     found = [*opened.unreadable, *tally.examples][:NUM_EXAMPLES]
     if is_made:
@@ -248,7 +170,7 @@ def _examples(url: str, opened: _Opened, tally: CheckTally, *, is_made: bool) ->
     return [each.in_words() for each in found]
 
 
-def _in_file(rejection: Rejection, url: str, shards: Sequence[_OpenShard]) -> Rejection:
+def _in_file(rejection: Rejection, url: str, shards: Sequence[OpenShard]) -> Rejection:
     """A row by its place in the file of captions that the caller has, not in a shard made of it."""
     before = itertools.takewhile(lambda each: each.shard.path != rejection.source, shards)
     first = sum(each.shard.num_rows for each in before)
@@ -256,7 +178,7 @@ def _in_file(rejection: Rejection, url: str, shards: Sequence[_OpenShard]) -> Re
     return replace(rejection, source=PurePosixPath(url).name, row=row)
 
 
-def _num_bytes(url: str, opened: _Opened, *, is_made: bool) -> int:
+def _num_bytes(url: str, opened: OpenedSet, *, is_made: bool) -> int:
     """Size of the files that the caller has: of a file of captions its own, not its shards'."""
     if is_made:
         filesystem, path = open_folder(url, probe=False)
@@ -265,7 +187,7 @@ def _num_bytes(url: str, opened: _Opened, *, is_made: bool) -> int:
     return sum(each.shard.num_bytes for each in opened.listed)
 
 
-def _no_rows(opened: _Opened) -> str:
+def _no_rows(opened: OpenedSet) -> str:
     if not opened.unreadable:
         return "no rows"
     return f"no row can be read: {len(opened.unreadable)} of {len(opened.listed)} shards are bad"
@@ -281,63 +203,7 @@ def _others_in_words(filesystem: AbstractFileSystem, root: str) -> str:
     )
 
 
-def _open_all(
-    filesystem: AbstractFileSystem,
-    root: str,
-    only: str,
-    names: ColumnNames,
-    on_progress: Callable[[str, int, int], None],
-) -> _Opened:
-    opened = _Opened(filesystem.unstrip_protocol(root), names)
-    waiting: list[ScannedShard] = []
-    for scanned in scan_folder(filesystem, root, only=only):
-        # Thousands of footers would take more memory than all else.
-        opened.listed.append(replace(scanned, footer=None))
-        if scanned.shard.num_bytes:
-            waiting.append(scanned)
-        if len(waiting) == _AT_ONCE:
-            opened.take(waiting)
-            waiting = []
-            on_progress("footers", len(opened.listed), len(opened.listed))
-    opened.take(waiting)
-    on_progress("footers", len(opened.listed), len(opened.listed))
-    _require_rates(opened)
-    return opened
-
-
-def _open(shard: Shard, footer: Footer, names: ColumnNames) -> _OpenShard | Rejection:
-    kind = kind_of(footer.schema, names)
-    wanted = (*REQUIRED_COLUMNS, *((VIDEO, FPS) if kind is ShardKind.VIDEO else ()))
-    columns = map_columns(footer.schema, names, wanted)
-    if isinstance(columns, Fault):
-        hint = "" if CAPTION not in columns.reason else f"; see {names.setting_of(CAPTION)}"
-        return _unreadable(shard, columns.reason + hint)
-    encoding = None
-    if kind in (ShardKind.ENCODED, ShardKind.TEXT):
-        try:
-            encoding = encoding_of(footer.schema)
-        except DataError as error:
-            return _unreadable(shard, error.found)
-        if encoding is None:
-            return _unreadable(shard, "latents without the metadata that say what they are")
-    return _OpenShard(shard, kind, encoding, columns, tuple(footer.schema.names))
-
-
-def _unreadable(shard: Shard, detail: str) -> Rejection:
-    return Rejection("", shard.path, None, Reason.UNREADABLE_SHARD, detail)
-
-
-def _require_rates(opened: _Opened) -> None:
-    """Sets shards of videos without rates apart, where others of the set have them."""
-    videos = [each for each in opened.shards if each.kind is ShardKind.VIDEO]
-    without = [each for each in videos if each.columns.stored.get(FPS) is None]
-    if len(without) < len(videos):
-        detail = f"missing column {FPS}, which other shards of the set have"
-        opened.unreadable += [_unreadable(each.shard, detail) for each in without]
-        opened.shards = [each for each in opened.shards if each not in without]
-
-
-def _columns_in_words(shards: Sequence[_OpenShard]) -> str:
+def _columns_in_words(shards: Sequence[OpenShard]) -> str:
     """Names the columns that were taken for ours; with counts, where shards differ."""
     plain = (ShardKind.CAPTIONS, ShardKind.VIDEO)
     counts = Counter(
@@ -352,7 +218,7 @@ def _columns_in_words(shards: Sequence[_OpenShard]) -> str:
 
 
 def _write_index(
-    filesystem: AbstractFileSystem, root: str, only: str, opened: _Opened
+    filesystem: AbstractFileSystem, root: str, only: str, opened: OpenedSet
 ) -> list[str]:
     """Writes the index for the shards that are there; says why not, where one is unusable.
 
@@ -371,7 +237,7 @@ def _write_index(
     return []
 
 
-def _misfits(shards: Sequence[_OpenShard], folders: Collection[str] = ()) -> list[str]:
+def _misfits(shards: Sequence[OpenShard], folders: Collection[str] = ()) -> list[str]:
     """Returns what keeps shards from being one set, or one of a size in each of some folders."""
     problems = []
     kinds = Counter(opened.kind.value for opened in shards)
@@ -395,7 +261,7 @@ def _misfits(shards: Sequence[_OpenShard], folders: Collection[str] = ()) -> lis
     return problems
 
 
-def _index_problems(index: Sequence[Shard] | None, opened: _Opened) -> list[str]:
+def _index_problems(index: Sequence[Shard] | None, opened: OpenedSet) -> list[str]:
     """Returns where the index differs from the folder; readers trust the index."""
     if index is None:
         return []
@@ -429,7 +295,7 @@ def _index_problems(index: Sequence[Shard] | None, opened: _Opened) -> list[str]
 
 
 def _tasks(
-    url: str, shards: Sequence[_OpenShard], chosen: NDArray[np.int64], options: CheckOptions
+    url: str, shards: Sequence[OpenShard], chosen: NDArray[np.int64], options: CheckOptions
 ) -> Iterator[GroupTask]:
     first = 0
     for opened in shards:

@@ -17,7 +17,7 @@ from cluster.errors import (
 )
 from cluster.ray.gpus import device_index
 from cluster.ray.group import RayWorkerGroup
-from cluster.ray.host import Hosts
+from cluster.ray.hosts import Hosts
 from cluster.ray.pools import Pool
 from cluster.ray.topology import Placement, reserve
 from cluster.schedule.simulate import Costs
