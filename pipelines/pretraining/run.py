@@ -69,7 +69,7 @@ from pipelines.pretraining.stages import (
     TEACHER_FOLDER,
     VAE_STAGE,
     record_stage,
-    require_autoencoder,
+    require_fitting_autoencoder,
     require_same_stages,
     stage_identities,
 )
@@ -177,7 +177,7 @@ def checked(config: PretrainConfig) -> CheckedPretrain:
     for setting, folder in _outputs(config).items():
         require_replaceable(folder, setting, _sources(config))
     clips, held_out = open_clips(config.world.train, config.world), None
-    require_autoencoder(config, clips)
+    require_fitting_autoencoder(config, clips)
     _require_clip_each(config, clips, "world.train")
     if config.vae.folder is None:
         held_out = open_clips(config.world.held_out, config.world, [ShardKind.VIDEO])

@@ -74,7 +74,7 @@ def autoencoder_of(folder: str) -> str:
     return fingerprint(folder, [family_of(folder).traits.layout.autoencoder])
 
 
-def require_autoencoder(config: PretrainConfig, clips: TrainingClips) -> None:
+def require_fitting_autoencoder(config: PretrainConfig, clips: TrainingClips) -> None:
     """Checks that `vae.folder` fits the clips, and has made them if they are encoded.
 
     Raises:

@@ -30,7 +30,11 @@ from pipelines.pretraining.denoiser_stage import DenoiserTraining
 from pipelines.pretraining.events import PretrainEvent
 from pipelines.pretraining.loops import build_pretrained_teacher
 from pipelines.pretraining.run import pretrain
-from pipelines.pretraining.stages import autoencoder_of, require_autoencoder, stage_identities
+from pipelines.pretraining.stages import (
+    autoencoder_of,
+    require_fitting_autoencoder,
+    stage_identities,
+)
 from sgmd_core.errors import ConfigError, DataError
 from tests.helpers.forked_python import kill
 from tests.helpers.moves import assert_moves, relative_error
@@ -180,7 +184,7 @@ def test_latents_of_another_autoencoder_or_size_or_without_one_are_refused(
 ) -> None:
     config = config_of(folder, tmp_path, "latents")
     clips = open_clips(config.world.train, config.world)
-    require_autoencoder(config, clips)
+    require_fitting_autoencoder(config, clips)
     without = config_of(folder, tmp_path, "latents", folder=None)
     with pytest.raises(ConfigError, match=r"no videos to train an autoencoder on.*Set vae\.folder"):
         pretrain(without)
@@ -190,7 +194,7 @@ def test_latents_of_another_autoencoder_or_size_or_without_one_are_refused(
     other = replace(clips.source.encoding, vae="0123456789abcdef")
     source = replace(clips.source, encoding=other)
     with pytest.raises(DataError, match=r"the autoencoder 0123456789abcdef.*Set vae\.folder"):
-        require_autoencoder(config, replace(clips, source=source))
+        require_fitting_autoencoder(config, replace(clips, source=source))
     assert not (tmp_path / "run").exists()
 
 
