@@ -21,7 +21,7 @@ from documents import write_document
 
 from workers.models.sharded_loading import load_sharded
 from workers.models.wan import WanVelocity
-from workers.models.wan_family import TRANSFORMER
+from workers.models.wan_configs import TRANSFORMER
 from workers.models.wan_folder import check_component
 from workers.sharding import shard
 

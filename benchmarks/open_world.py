@@ -27,10 +27,11 @@ from sgmd_core.worlds import WorldName
 from sgmd_core.worlds.readings import motion_of, read_clips, score_reading
 from workers.build import encoder_dtype
 from workers.clip_sets import ClipRequest, sample_clip_set
+from workers.clip_settings import VideoSettings
 from workers.evaluator import Sampling
 from workers.measured_clips import MeasuredClips
 from workers.set_measures import motion_figures
-from workers.settings import ModelSettings, VideoSettings
+from workers.settings import ModelSettings
 
 MANY_STEPS = 30
 FEW_STEPS = 4

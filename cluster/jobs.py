@@ -28,7 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.errors import JobError
 from cluster.job_files import EXCLUDED
-from cluster.runtime import offer_token
+from cluster.tokens import offer_token
 from sgmd_core.errors import ConfigError
 
 FORWARDED = (

@@ -15,7 +15,6 @@ not make in time is tried once more.
 
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -24,21 +23,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Literal
 
 import ray
 from ray._private import ray_constants, services
 from ray._private.node import Node
-from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue] - compiled
 
 from cluster.background import in_background
 from cluster.errors import RayStartError
 from cluster.procfs import process_state, raylet_of
 from cluster.ray.fork_server import has_gpus, serve_forks
+from cluster.tokens import (
+    PROBE_TIMEOUT_S,
+    asked_with,
+    create_token,
+    own_token,
+    send_token,
+    warn_without_token,
+)
 
 _log = logging.getLogger(__name__)
 
-_PROBE_TIMEOUT_S = 5.0
 _GRACE_S = 10.0
 _GCS_PROBE_EVERY_S = 3.0
 _SYSTEM_SETTINGS = {"task_events_max_num_task_in_gcs": 10_000}
@@ -81,7 +85,7 @@ def start_ray(
     try:
         with _stops_kept_back():
             if target == "local":
-                _create_token()
+                create_token()
                 modules = () if has_gpus() else preload
                 python = str(forks.enter_context(serve_forks(modules)))
                 _start_local(python, num_cpus, object_store_memory, temp_dir, log_to_driver)
@@ -148,7 +152,7 @@ def watch_gcs(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterator[No
         answered_s = time.monotonic()
         while not over.wait(_GCS_PROBE_EVERY_S):
             try:
-                socket.create_connection((host, int(port)), _PROBE_TIMEOUT_S).close()
+                socket.create_connection((host, int(port)), PROBE_TIMEOUT_S).close()
                 answered_s = time.monotonic()
             except OSError:
                 if time.monotonic() - answered_s > limit_s:
@@ -161,12 +165,6 @@ def watch_gcs(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterator[No
 
     with in_background("watch-gcs", watch):
         yield
-
-
-def _create_token() -> None:
-    if not _token() and os.environ.get("RAY_AUTH_MODE", "token") == "token":
-        # It stays for the life of the process: Ray reads it once and keeps it.
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _start_local(
@@ -245,46 +243,6 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-Answer = Literal["open", "refused", "silent", "none", "unknown"]
-"""Answer of a control service to a token; `silent`: none in time, `none`: it is no such service."""
-
-
-def asked_with(gcs_address: str, token: str = "") -> Answer:
-    """Answer of a cluster to a token, or to none.
-
-    Args:
-        gcs_address: Address of its control service, `host:port`.
-        token: The token; empty: none.
-    """
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-        # The question goes in clear, and so would the token.
-        return "unknown"
-    try:
-        import grpc
-    except ImportError:
-        return "unknown"
-    # As Ray does, whatever proxy the environment names.
-    options = (("grpc.enable_http_proxy", 0),)
-    with grpc.insecure_channel(gcs_address, options) as channel:
-        call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
-        try:
-            # An empty message, which is a valid request.
-            call(
-                b"",
-                timeout=_PROBE_TIMEOUT_S,
-                metadata=(("authorization", f"Bearer {token}"),) if token else None,
-            )
-        except grpc.RpcError as error:
-            code = getattr(error, "code", lambda: None)()
-            meanings: dict[object, Answer] = {
-                grpc.StatusCode.UNAUTHENTICATED: "refused",
-                grpc.StatusCode.DEADLINE_EXCEEDED: "silent",
-                grpc.StatusCode.UNAVAILABLE: "none",
-            }
-            return meanings.get(code, "unknown")
-    return "open"
-
-
 @contextmanager
 def _ray_takes_for_python(executable: str) -> Iterator[None]:
     """Makes Ray write an executable into the commands that its raylet starts processes by.
@@ -357,12 +315,12 @@ def _connect(address: str, log_to_driver: bool) -> None:
     host = host or "localhost"
     try:
         # Ray itself would try for a minute, and then end the whole process.
-        socket.create_connection((host, int(port)), _PROBE_TIMEOUT_S).close()
+        socket.create_connection((host, int(port)), PROBE_TIMEOUT_S).close()
     except OSError as error:
         # Of `auto`, that of the latest cluster here, which may have ended.
         raise type(error)(f"{error} (at {gcs_address})") from error
     # Ray itself would try for 40 s, or for ever where a cluster listens on loopback alone.
-    token = _token()
+    token = own_token()
     answer = asked_with(gcs_address, token)
     if answer == "refused":
         raise PermissionError(f"it refuses {'this token' if token else 'to answer without one'}")
@@ -371,33 +329,10 @@ def _connect(address: str, log_to_driver: bool) -> None:
     if answer == "none":
         raise ConnectionError(f"what listens at {gcs_address} is no control service of Ray")
     if token and asked_with(gcs_address) == "refused":
-        _send_token()
+        send_token()
     with _on_loopback() if _is_loopback_alone(host, int(port)) else nullcontext():
         ray.init(address=gcs_address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
-    _warn_without_token(ray.get_runtime_context().gcs_address)
-
-
-def offer_token() -> bool:
-    """Sends the token of this process from here on, to a server that has asked for one.
-
-    Returns:
-        False if nothing is changed: there is no token, or a mode is chosen, RAY_AUTH_MODE.
-    """
-    if "RAY_AUTH_MODE" in os.environ or not _token():
-        return False
-    _send_token()
-    return True
-
-
-def _send_token() -> None:
-    """Makes Ray send the token of this process, which it does in its mode `token` alone.
-
-    Where no mode is set, Ray takes that one for a new cluster, and none for one that it joins.
-    """
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        # Ray has read its settings already.
-        Config.initialize("")
+    warn_without_token(ray.get_runtime_context().gcs_address)
 
 
 def _address_of_this_machine() -> str:
@@ -416,32 +351,10 @@ def _is_loopback_alone(host: str, port: int) -> bool:
     if not services.is_localhost(host):
         return False
     try:
-        socket.create_connection((services.get_node_ip_address(), port), _PROBE_TIMEOUT_S).close()
+        socket.create_connection((services.get_node_ip_address(), port), PROBE_TIMEOUT_S).close()
     except OSError:
         return True
     return False
-
-
-def _warn_without_token(gcs_address: str) -> None:
-    if os.environ.get("RAY_AUTH_MODE") != "disabled" and asked_with(gcs_address) == "open":
-        _log.warning(
-            "the Ray cluster at %s asks for no token: whoever reaches its ports can run code on "
-            "it. Start it with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on every node, or set "
-            "RAY_AUTH_MODE=disabled here where its network is trusted",
-            gcs_address,
-        )
-
-
-def _token() -> str:
-    """Token of this process, where Ray looks for it; empty without one."""
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
-        return ""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token.strip()
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
-    with suppress(OSError):
-        return Path(path).read_text().strip()
-    return ""
 
 
 def _start_error(target: str, error: Exception) -> RayStartError:

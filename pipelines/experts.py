@@ -17,8 +17,8 @@ from sgmd_core.errors import ConfigError
 from workers.models.configs import INDEX_FILE, read_model_json
 from workers.models.exporting import Components, copy_components
 from workers.models.families import family_of
+from workers.models.wan_configs import EXPERTS_LAYOUT, LOW_NOISE, TRANSFORMER
 from workers.models.wan_experts import WAN_EXPERTS
-from workers.models.wan_family import EXPERTS_LAYOUT, LOW_NOISE, TRANSFORMER
 from workers.models.weight_digests import SETTINGS_FILE
 
 _FAMILIES = ("wan", WAN_EXPERTS)

@@ -26,6 +26,7 @@ from sgmd_core.types import Looks
 from workers.adapters import add_adapters
 from workers.attention import require_kernel
 from workers.base_networks import joined_bases, shared_base, view_of
+from workers.clip_settings import VideoSettings
 from workers.compute import prepare_network
 from workers.discriminator import Discriminator
 from workers.discriminator_heads import build_heads
@@ -46,7 +47,6 @@ from workers.settings import (
     GeneratorSettings,
     ModelSettings,
     TeacherSettings,
-    VideoSettings,
 )
 from workers.sharding import shard
 from workers.text_encoder import TextEncoder

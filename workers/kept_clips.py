@@ -34,8 +34,9 @@ from sgmd_core.worlds import open_shapes, shapes
 from sgmd_core.worlds.readings import READINGS, WorldReading
 from workers import measures, optical_flow
 from workers.clip_sets import ClipRequest, ClipSet
+from workers.clip_settings import VideoSettings
 from workers.measured_clips import MeasuredClips
-from workers.settings import ModelSettings, VideoSettings
+from workers.settings import ModelSettings
 
 _AGAIN_S = 1.0
 # Whoever samples holds a lease that ends with its process, so only one that hangs is given up; a

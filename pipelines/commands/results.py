@@ -80,8 +80,8 @@ def evaluate_command(
             from pipelines.commands.evaluation_table import table, verdict_lines
             from pipelines.evaluation import run as job
             from pipelines.run.folder import RunFolder
+            from pipelines.run.opened_copy import run_copy
             from pipelines.run.places import shared_place
-            from pipelines.run.working_copy import run_copy
 
         root = stack.enter_context(run_copy(run))
         if output is None:
@@ -224,8 +224,8 @@ def report_command(
         from pipelines.reporting.page import write_page
         from pipelines.reporting.records import read_run
         from pipelines.run.folder import require_lasting_folder
+        from pipelines.run.opened_copy import working_copy
         from pipelines.run.places import shared_place
-        from pipelines.run.working_copy import working_copy
         from pipelines.sweeping.page import is_sweep, write_sweep_page
         from pipelines.sweeping.places import ELSEWHERE
 

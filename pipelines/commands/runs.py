@@ -147,9 +147,9 @@ def distill_command(
         with paused_collector():
             from pipelines.distillation import run as job
             from pipelines.run.folder import RunFolder
+            from pipelines.run.opened_copy import working_copy
             from pipelines.run.progress import console_observer
             from pipelines.run.stop_rule import StopRule
-            from pipelines.run.working_copy import working_copy
 
         stack.enter_context(working_copy(config.run_folder, job.NOT_NEEDED))
         folder = RunFolder(config.run_folder)
@@ -183,7 +183,7 @@ def _distill_config(
         from pipelines.config.recipe import load_recipe
         from pipelines.config.unread import warn_of_foreign_sections
         from pipelines.run.folder import RunFolder
-        from pipelines.run.working_copy import working_copy
+        from pipelines.run.opened_copy import working_copy
 
     warn_of_foreign_sections("distill", overrides)
     if resume is None or resume == _AUTO:

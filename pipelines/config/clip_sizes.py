@@ -6,10 +6,10 @@ from typing import Protocol
 
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ShapeError
+from workers.clip_settings import VideoSettings
 from workers.models.family import SamplingRules
 from workers.models.folder import LatentShape
 from workers.network_settings import ComputeSettings
-from workers.settings import VideoSettings
 
 _log = logging.getLogger(__name__)
 

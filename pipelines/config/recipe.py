@@ -64,16 +64,15 @@ from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks, Purpose
+from workers.clip_settings import Bucket, VideoSettings
 from workers.network_settings import ComputeSettings
 from workers.settings import (
-    Bucket,
     DiscriminatorSettings,
     ExportSettings,
     FakeScoreSettings,
     GeneratorSettings,
     ModelSettings,
     TeacherSettings,
-    VideoSettings,
 )
 
 _log = logging.getLogger(__name__)

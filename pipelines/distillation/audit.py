@@ -24,8 +24,8 @@ from pipelines.data.stream.quarantine import QuarantineFile
 from pipelines.data.stream.reconciliation import EpochReconciliation, due_rows, reconcile
 from pipelines.distillation.training_sets import training_sets
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.opened_copy import working_copy
 from pipelines.run.places import shared_place
-from pipelines.run.working_copy import working_copy
 from sgmd_core.errors import DataError
 from workers.models.text_makers import maker_on_their_word
 

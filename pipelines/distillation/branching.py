@@ -18,8 +18,8 @@ from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.training_sets import training_sets
 from pipelines.run.data_log import DataLog
 from pipelines.run.folder import RunFolder
+from pipelines.run.opened_copy import copy_at
 from pipelines.run.places import shared_place
-from pipelines.run.working_copy import copy_at
 from sgmd_core.errors import CheckpointError
 
 _LOGS = ("metrics", "validation", "shards", "quarantine", "ledger", "sets")

@@ -38,9 +38,9 @@ from pipelines.distillation.validation import Validator
 from pipelines.run.alarms import Alarm, AlarmWatch
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
 from pipelines.run.observer import RunObserver
+from pipelines.run.opened_copy import copy_at
 from pipelines.run.ranking import Contender, Ranked, not_told_apart, ranked, scores_of
 from pipelines.run.records import IterationRecord, ValidationRecord
-from pipelines.run.working_copy import copy_at
 
 _MAX_WAITING = 2
 _LISTING = "listing"

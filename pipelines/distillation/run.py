@@ -27,6 +27,7 @@ from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
 from pipelines.run.log import RunLog, hearing_loggers
 from pipelines.run.observer import Observers, RunObserver
+from pipelines.run.opened_copy import hold_place, working_copy
 from pipelines.run.places import shared_place
 from pipelines.run.publisher import publishing
 from pipelines.run.records import RunEvent
@@ -34,7 +35,6 @@ from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopRequests, stop_requests
 from pipelines.run.tensorboard import open_tensorboard
 from pipelines.run.tracker import open_tracker
-from pipelines.run.working_copy import hold_place, working_copy
 from sgmd_core.errors import AlarmError, StopRequestedError
 
 NOT_NEEDED = ("samples", "stacks", "wandb", "tensorboard")

@@ -27,6 +27,7 @@ from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, FlowMatchSchedule
 from workers.build import build_evaluator, encoder_dtype
+from workers.clip_settings import VideoSettings
 from workers.evaluator import TOKENS_SIDE_BY_SIDE, Evaluator, Sampling
 from workers.kept_clips import clip_facts
 from workers.models.addresses import local_model
@@ -34,7 +35,7 @@ from workers.models.content import model_digests
 from workers.models.families import family_of
 from workers.models.folder import require_text_encoder
 from workers.models.weight_digests import require_same_weights
-from workers.settings import ModelSettings, VideoSettings
+from workers.settings import ModelSettings
 
 _DEFAULT_TEACHER_STEPS = 30
 # Seed B is the next number.

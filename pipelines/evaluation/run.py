@@ -43,7 +43,7 @@ from pipelines.evaluation.set_distances import SetDistance, set_distances
 from pipelines.evaluation.teacher_sets import TEACHER_SETS, NamedExtractor, TeacherSets
 from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
 from pipelines.run.folder import require_inside, require_lasting_folder, versions
-from pipelines.run.working_copy import hold_place, run_copy, working_copy
+from pipelines.run.opened_copy import hold_place, run_copy, working_copy
 from sgmd_core.metrics.bootstrap import (
     median_interval,
     median_ratio_interval,

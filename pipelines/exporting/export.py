@@ -24,8 +24,8 @@ from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source
 from pipelines.exporting.target import EXPORTS, require_safe_target
 from pipelines.run.folder import RunFolder, require_inside
+from pipelines.run.opened_copy import run_copy
 from pipelines.run.places import shared_place
-from pipelines.run.working_copy import run_copy
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.addresses import local_model, missing_folder
 from workers.models.configs import INDEX_FILE

@@ -25,8 +25,8 @@ from pipelines.planning.hardware import Hardware
 from pipelines.planning.kept_bytes import kept_copies, stream_bytes
 from pipelines.planning.workload import COUNTED_WITH, StageName, Workload, mean_over_sizes
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.opened_copy import run_copy
 from pipelines.run.places import shared_place
-from pipelines.run.working_copy import run_copy
 from sgmd_core.errors import ConfigError
 from workers.models.families import family_named
 from workers.models.shape import PassFlops

@@ -16,20 +16,25 @@ walk makes both (`fake_score.walk`).
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self, TypeVar
+from typing import Self
 
 from cluster.schedule.program import Program
-from pipelines.config.adapters import adapted_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, ROLES, TEACHER
-from pipelines.config.sequence import require_divisible
-from pipelines.config.walk import may_walk_once
 from pipelines.planning.networks import (
     adapter_parameters,
-    family_of_role,
-    latent_buckets_of,
     model_shape,
     other_shapes,
+)
+from pipelines.planning.workload_facts import (
+    HeadsWork,
+    allows_joint_walk,
+    heads_of,
+    largest_size_label,
+    optimizers_of,
+    roles_over_bf16,
+    roles_where,
+    shareable_buckets,
 )
 from pipelines.stages.algorithm import (
     ANCHOR,
@@ -44,14 +49,12 @@ from pipelines.stages.algorithm import (
 )
 from pipelines.stages.costs import PassCosts, Passes, mean_rollouts, stage_passes
 from sgmd_core.buckets import LatentBuckets
-from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, restarts_of
+from sgmd_core.objectives import GradientPath, restarts_of
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.objectives.meanflow import flow_is_guided, flow_of
 from sgmd_core.types import Looks
 from workers.attention import KERNELS
-from workers.discriminator_heads import num_head_parameters
-from workers.models.shape import DenoiserShape, ModelShape
-from workers.network_settings import ComputeSettings, OptimizerSettings
+from workers.models.shape import DenoiserShape
 from workers.settings import DiversitySettings
 
 COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
@@ -59,27 +62,6 @@ COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
 
 StageName = tuple[str, str]
 """Role and stage."""
-
-S = TypeVar("S")
-
-
-@dataclass(frozen=True, slots=True)
-class HeadsWork:
-    """A discriminator: heads on a frozen copy of the teacher.
-
-    Attributes:
-        compared: States that it compares.
-        num_states: States of a sample that it looks at.
-        num_heads: Layers whose outputs have a head.
-        num_parameters: Of all heads, which are trained in float32.
-        weights: Type that the copy's weights are kept in.
-    """
-
-    compared: ComparedStates
-    num_states: int
-    num_heads: int
-    num_parameters: int
-    weights: str = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +171,9 @@ class Workload:
             ModelFolderError: The folder holds another kind of model.
         """
         shape = model_shape(config, model)
-        updated, computes = _optimizers(config), config.computes
+        updated, computes = optimizers_of(config), config.computes
         others = other_shapes(config, shape.denoiser)
-        buckets = _shareable_buckets(config, shape, others)
+        buckets = shareable_buckets(config, shape, others)
         rollout, sample = mean_rollouts(config)
         return cls(
             shape=shape.denoiser,
@@ -209,33 +191,33 @@ class Workload:
             teacher_weights=config.teacher.compute.weights,
             teacher_whole=not config.teacher.sharded,
             average_on_cpu=config.generator.ema_device == "cpu",
-            momentum=_roles_where(updated, lambda own: own.betas[0] > 0),
-            moments_on_cpu=_roles_where(updated, lambda own: own.moments == "cpu"),
+            momentum=roles_where(updated, lambda own: own.betas[0] > 0),
+            moments_on_cpu=roles_where(updated, lambda own: own.moments == "cpu"),
             in_turn=not config.teacher.batched_guidance,
-            bf16=_roles_where(computes, lambda own: own.precision == "bf16"),
-            checkpointing=_roles_where(computes, lambda own: bool(own.checkpointing)),
-            selective=_roles_where(computes, lambda own: own.checkpointing == "selective"),
-            offloading=_roles_where(computes, lambda own: own.checkpointing == "offload"),
+            bf16=roles_where(computes, lambda own: own.precision == "bf16"),
+            checkpointing=roles_where(computes, lambda own: bool(own.checkpointing)),
+            selective=roles_where(computes, lambda own: own.checkpointing == "selective"),
+            offloading=roles_where(computes, lambda own: own.checkpointing == "offload"),
             others=others,
             adapters=adapter_parameters(config, shape.denoiser, others),
-            frozen_in_bf16=_frozen_in_bf16(config),
+            frozen_in_bf16=roles_over_bf16(config),
             looks=config.looks,
             restarts=bool(restarts_of(config.objective)),
-            heads=_heads(config, others.get(TEACHER, shape.denoiser)),
+            heads=heads_of(config, others.get(TEACHER, shape.denoiser)),
             measures_lag=config.lag.every > 0,
             consistency=consistency_of(config.objective) is not None,
             flow=flow_of(config.objective) is not None,
             guided_flow=flow_is_guided(config.objective),
             matching=learns_from_samples(config.objective),
-            moments_in_8_bits=_roles_where(updated, lambda own: own.moment_bits == 8),
+            moments_in_8_bits=roles_where(updated, lambda own: own.moment_bits == 8),
             ulysses=tuple((role, own.ulysses) for role, own in computes.items() if own.ulysses > 1),
-            all_pairs=_roles_where(computes, lambda own: KERNELS[own.attention].all_pairs),
+            all_pairs=roles_where(computes, lambda own: KERNELS[own.attention].all_pairs),
             buckets=buckets if len(buckets.shapes) > 1 else None,
             joint_walk=config.fake_score.walk == "joint",
-            may_walk_once=_may_walk_once(config, model),
+            may_walk_once=allows_joint_walk(config, model),
             idle_expert=0 if config.model.alone is None else shape.denoiser.num_parameters,
             has_companion=config.model.alone == "low",
-            largest=_largest_size(config, buckets, shape.denoiser),
+            largest=largest_size_label(config, buckets, shape.denoiser),
         )
 
     @property
@@ -422,52 +404,6 @@ def mean_over_sizes(
     return found
 
 
-def _heads(config: DistillConfig, teacher: DenoiserShape) -> HeadsWork | None:
-    compared, own, term = compared_by(config.objective), config.discriminator, config.adversary
-    if compared is None or term is None:
-        return None
-    num_heads = len(own.layers_of(teacher.num_layers))
-    of_each = num_head_parameters(teacher.width, own.width, own.num_strides)
-    return HeadsWork(compared, term.num_states, num_heads, num_heads * of_each, own.compute.weights)
-
-
-def _largest_size(config: DistillConfig, buckets: LatentBuckets, shape: DenoiserShape) -> str:
-    """Label of the size with most tokens, of several."""
-    if len(buckets.shapes) < 2:
-        return ""
-    labels = [bucket.label for bucket in config.video.trained]
-    tokens = [shape.num_tokens(latent_shape) for latent_shape in buckets.shapes]
-    return labels[tokens.index(max(tokens))]
-
-
-def _optimizers(config: DistillConfig) -> dict[str, OptimizerSettings]:
-    """Settings by which each learner is updated."""
-    learners = [role for role in config.roles if role != TEACHER]
-    return {role: getattr(config, role).optimizer for role in learners}
-
-
-def _shareable_buckets(
-    config: DistillConfig, shape: ModelShape, others: Mapping[str, DenoiserShape]
-) -> LatentBuckets:
-    """Latent shapes of the trained sizes, whose tokens the ranks of each role can share."""
-    buckets = latent_buckets_of(config, shape)
-    _require_whole_tokens(config.computes, shape.denoiser, others, buckets)
-    return buckets
-
-
-def _require_whole_tokens(
-    computes: Mapping[str, ComputeSettings],
-    shape: DenoiserShape,
-    others: Mapping[str, DenoiserShape],
-    buckets: LatentBuckets,
-) -> None:
-    """Checks that ranks which work on samples together share tokens and heads evenly."""
-    for role, compute in computes.items():
-        own = others.get(TEACHER if role == DISCRIMINATOR else role, shape)
-        for latent_shape in buckets.shapes:
-            require_divisible(role, compute.ulysses, own, latent_shape)
-
-
 def counted_together(units: Mapping[StageName, float]) -> dict[StageName, float]:
     """Adds the stages of a diversity loss to those that they are counted with."""
     found: dict[StageName, float] = {}
@@ -476,22 +412,3 @@ def counted_together(units: Mapping[StageName, float]) -> dict[StageName, float]
         name = (role, stage) if counted is None else (counted.role, counted.name)
         found[name] = found.get(name, 0.0) + value
     return found
-
-
-def _roles_where(settings: Mapping[str, S], holds: Callable[[S], bool]) -> frozenset[str]:
-    """The roles whose settings satisfy a condition."""
-    return frozenset(role for role, own in settings.items() if holds(own))
-
-
-def _frozen_in_bf16(config: DistillConfig) -> frozenset[str]:
-    """The roles with adapters over a base that is kept in bfloat16."""
-    computes = config.computes
-    return frozenset(role for role in adapted_roles(config) if computes[role].weights == "bf16")
-
-
-def _may_walk_once(config: DistillConfig, model: str | None) -> bool:
-    """Whether the fake score's two gradients may be made by one backward pass."""
-    return (
-        may_walk_once(config.objective, config.fake_score)
-        and "joint" in family_of_role(config, FAKE_SCORE, model).traits.computes
-    )

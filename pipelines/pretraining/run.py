@@ -74,11 +74,11 @@ from pipelines.pretraining.stages import (
     stage_identities,
 )
 from pipelines.run.folder import require_output_folder
+from pipelines.run.opened_copy import hold_place, working_copy
 from pipelines.run.places import local_of, shared_place
 from pipelines.run.publisher import publish_now, publishing
 from pipelines.run.ray_store import ray_store
 from pipelines.run.replaceable import require_replaceable
-from pipelines.run.working_copy import hold_place, working_copy
 from sgmd_core.errors import ConfigError, SgmdError
 from workers.models.configs import CONFIG_FILE
 from workers.models.families import family_of

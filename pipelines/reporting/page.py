@@ -32,8 +32,8 @@ from pipelines.run.folder import (
     require_lasting_folder,
     require_output_folder,
 )
+from pipelines.run.opened_copy import working_copy
 from pipelines.run.places import shared_place
-from pipelines.run.working_copy import working_copy
 
 T = TypeVar("T")
 

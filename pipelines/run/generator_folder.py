@@ -4,8 +4,8 @@ from pathlib import Path
 
 from cluster.storage import is_folder
 from pipelines.run.folder import RunFolder
+from pipelines.run.opened_copy import run_copy
 from pipelines.run.places import shared_place
-from pipelines.run.working_copy import run_copy
 from sgmd_core.errors import ModelFolderError
 from workers.models.addresses import local_model, missing_folder
 

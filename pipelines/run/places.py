@@ -50,7 +50,7 @@ def local_of(place: str | Path) -> Path:
             f"reading {store_address(place)}",
             "an address of which this process has no working copy",
             "a path, or an address inside `with working_copy(address):`",
-            "Open one with pipelines.run.working_copy.working_copy",
+            "Open one with pipelines.run.opened_copy.working_copy",
         )
     return root
 

@@ -20,9 +20,10 @@ from typing import TypeVar
 from cluster.background import in_background
 from cluster.errors import ClusterError, LeaseLostError, StorageError, StoreRefusedError
 from cluster.lease import Lease
+from pipelines.run.opened_copy import copy_at, hold_place, kept, working_copy
 from pipelines.run.places import local_of
 from pipelines.run.records import RunEvent
-from pipelines.run.working_copy import WorkingCopy, copy_at, hold_place, kept, working_copy
+from pipelines.run.working_copy import WorkingCopy
 
 T = TypeVar("T")
 

@@ -11,33 +11,27 @@ wants one reads it there. While a run goes on, `pipelines.run.publisher` publish
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from cluster.errors import StorageError, StoreRefusedError
 from cluster.files import (
-    delete_folder,
     open_store,
-    require_own_files,
     storage_errors,
-    store_address,
     write_whole,
 )
 from cluster.folders import upload_file
-from cluster.lease import LEASE_OBJECT, Lease, hold
+from cluster.lease import LEASE_OBJECT
 from cluster.s3.settings import S3Settings
 from pipelines.config.recipe_files import RUN_RECIPE
-from pipelines.run.held_folder import KEEP, held_folder
 from pipelines.run.log_parts import PARTS, LogParts, parts_in_order
-from pipelines.run.places import add_copy, is_path_inside, open_copy_of, remove_copy, shared_place
+from pipelines.run.places import is_path_inside, shared_place
 
-T = TypeVar("T")
-
-_EXPORTED = frozenset({"generator", "best", "exports"})
-BIG_FOLDERS = _EXPORTED | {"checkpoints"}
+EXPORTED_FOLDERS = frozenset({"generator", "best", "exports"})
+BIG_FOLDERS = EXPORTED_FOLDERS | {"checkpoints"}
 """Folders of a run that are only at its address."""
 
 PATIENCE = S3Settings(read_budget_s=20.0, read_timeout_s=10.0, max_attempts=3)
@@ -133,7 +127,7 @@ class WorkingCopy:
         for path in paths:
             with storage_errors(f"reading {shared_place(path)}"):
                 files: Any
-                files, name = open_store(shared_place(path), PATIENCE)
+                files, name = patient_store(shared_place(path))
                 write_whole(path, files.cat_file(name))
             self._known[path] = _stamp(path)
 
@@ -161,7 +155,7 @@ class WorkingCopy:
         if path in self._known:
             with storage_errors(f"deleting {shared_place(path)}"):
                 files: Any
-                files, name = open_store(shared_place(path), PATIENCE)
+                files, name = patient_store(shared_place(path))
                 files.rm_file(name)
             self._known.pop(path, None)
 
@@ -217,7 +211,7 @@ class WorkingCopy:
 
     def _publish(self, path: Path, *, in_parts: bool) -> None:
         files: Any
-        files, name = open_store(shared_place(path), PATIENCE)
+        files, name = patient_store(shared_place(path))
         log = self._log(path) if path.suffix == _LOG else None
         stamp, is_all = _stamp(path), True
         if log is None:
@@ -241,7 +235,7 @@ class WorkingCopy:
 
     def _log(self, path: Path) -> LogParts:
         if path not in self._logs:
-            self._logs[path] = LogParts(*open_store(shared_place(path), PATIENCE))
+            self._logs[path] = LogParts(*patient_store(shared_place(path)))
         return self._logs[path]
 
     def _has(self, name: str, stamp: Stamp) -> bool:
@@ -255,132 +249,6 @@ class WorkingCopy:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
-
-
-@contextmanager
-def working_copy(place: str | Path, without: Collection[str] = ()) -> Iterator[Path]:
-    """Yields a local folder that stands for a folder anywhere; see the top of this file.
-
-    On a normal exit what was changed is at the address, and the local folder is gone. Inside of an
-    open copy of the same address, or of a folder above it, that copy is used.
-
-    Args:
-        place: A path, which is yielded as it is, or an address.
-        without: Folders that are not needed, besides `BIG_FOLDERS`.
-
-    Raises:
-        StorageError: The store cannot be read or written; the message names the local folder where
-            the files are that are not at the address.
-    """
-    address = store_address(place)
-    if not address:
-        yield Path(place)
-        return
-    if (root := open_copy_of(address)) is not None:
-        yield root
-        return
-    with held_folder(PurePosixPath(address).name) as root:
-        copy = WorkingCopy(root, address)
-        _OPEN[root] = copy
-        add_copy(root, address)
-        try:
-            copy.fetch(without)
-            yield root
-            keeping(copy, copy.publish)
-        finally:
-            del _OPEN[root]
-            remove_copy(root)
-            if not copy.keeps:
-                delete_folder(root)
-
-
-@contextmanager
-def run_copy(place: str | Path, without: Collection[str] = ()) -> Iterator[Path]:
-    """As `working_copy` where a run lies there; whatever else a place is, is yielded as it is.
-
-    Args:
-        place: A path or an address: of a run, or of a model folder.
-        without: As in `working_copy`.
-
-    Raises:
-        StorageError: As `working_copy`.
-    """
-    address = store_address(place)
-    if address and open_copy_of(address) is None:
-        with storage_errors(f"reading {address}"):
-            files, path = open_store(address)
-            files.invalidate_cache()
-            if not files.exists(f"{path}/{RUN_RECIPE}"):
-                yield Path(place)
-                return
-    with working_copy(place, without) as root:
-        yield root
-
-
-@contextmanager
-def hold_place(root: Path, purpose: str, without: Collection[str] = ()) -> Iterator[Lease]:
-    """Holds a folder, or the address that it stands for, for writing; see `cluster.lease.hold`.
-
-    What another process has written there until then is brought here.
-
-    Args:
-        root: The folder on this disk.
-        purpose: What is done there, for the message that others get.
-        without: As in `working_copy`.
-
-    Raises:
-        LeaseError: Another process holds it; says which one and since when.
-        ConfigError: A link in it leads to other files.
-        StorageError: Nothing can be written there.
-    """
-    copy, place = copy_at(root), shared_place(root)
-    files = open_store(place, PATIENCE)[0] if copy else None
-    with hold(place, purpose, files) as lease:
-        if not copy:
-            # Exports link to the parts of their base, and are written whole.
-            require_own_files(root, _EXPORTED)
-        if copy:
-            copy.fetch(without)
-        yield lease
-
-
-def copy_at(root: Path) -> WorkingCopy | None:
-    """The open working copy that a local folder is, or is a part of; None for any other folder."""
-    for known, copy in _OPEN.items():
-        if root.is_relative_to(known):
-            return copy.part(root)
-    return None
-
-
-def keeping(copy: WorkingCopy, work: Callable[[], T]) -> T:
-    """Does the last work on a copy; where it fails, the local folder stays and the error says so.
-
-    Raises:
-        StorageError: The store does not take the files.
-    """
-    try:
-        return work()
-    except StorageError as error:
-        raise kept(copy, error) from error
-
-
-def kept(copy: WorkingCopy, error: StorageError) -> StorageError:
-    """Keeps the local folder of a copy; returns the error that says what is only there."""
-    for root, whole in _OPEN.items():
-        if copy.root.is_relative_to(root) and root.exists():
-            whole.keeps = True
-            (root / KEEP).touch()
-    names = [path.relative_to(copy.root).as_posix() for path in copy.changes()]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return StorageError(
-        f"writing the last files of {copy.address}",
-        f"{error.found.rstrip('.')}; only in {copy.root}: {', '.join(names[:8])}{more}",
-        "an object store that takes them",
-        f"Copy them from {copy.root} to {copy.address} once the store answers, or resume the run",
-    )
-
-
-_OPEN: dict[Path, WorkingCopy] = {}
 
 
 def _listed(files: Any, root: str, left_out: frozenset[str]) -> dict[str, Mapping[str, Any]]:  # noqa: ANN401
@@ -428,3 +296,8 @@ def _logs_among(listed: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, list
 def _stamp(path: Path) -> Stamp:
     facts = path.stat()
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def patient_store(place: str) -> tuple[Any, str]:
+    """File system of a place, whose requests are given up within `PATIENCE`, and the path in it."""
+    return open_store(place, PATIENCE)

@@ -29,10 +29,10 @@ from pipelines.evaluation.result import REFERENCE
 from pipelines.planning.passes import expected_passes, pass_costs, units_by_role
 from pipelines.run.folder import RunFolder, git_revision, require_output_folder, versions
 from pipelines.run.observer import RunObserver
+from pipelines.run.opened_copy import copy_at, working_copy
 from pipelines.run.places import shared_place
 from pipelines.run.publisher import publish_now, published_place
 from pipelines.run.stop_rule import StopRule
-from pipelines.run.working_copy import copy_at, working_copy
 from pipelines.study.figures import write_plots
 from pipelines.study.hypotheses import (
     Version,

@@ -11,7 +11,7 @@ from pipelines.distillation.branching import newest_state, require_branch
 from pipelines.distillation.preflight import Preflight, require_readable, run_preflight
 from pipelines.distillation.run import NOT_NEEDED
 from pipelines.run.folder import RunFolder
-from pipelines.run.working_copy import working_copy
+from pipelines.run.opened_copy import working_copy
 from pipelines.sweeping.search import require_pb2, seeds_of
 from pipelines.sweeping.space import PointSettings, combinations, corners, num_combinations
 from pipelines.sweeping.trial import trial_config

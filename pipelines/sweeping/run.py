@@ -36,10 +36,10 @@ from pipelines.distillation.run import NOT_NEEDED
 from pipelines.run.differences import value_differences
 from pipelines.run.folder import TEACHER_CLIPS, RunFolder, require_output_folder
 from pipelines.run.observer import RunObserver
+from pipelines.run.opened_copy import hold_place, working_copy
 from pipelines.run.places import local_of, shared_place
 from pipelines.run.publisher import publish_now, publishing
 from pipelines.run.ray_store import ray_store
-from pipelines.run.working_copy import hold_place, working_copy
 from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
 from pipelines.sweeping.page import write_sweep_page

@@ -25,10 +25,10 @@ from pipelines.distillation.branching import ensure_branch
 from pipelines.distillation.run import NOT_NEEDED, distill
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
+from pipelines.run.opened_copy import copy_at, working_copy
 from pipelines.run.places import shared_place
 from pipelines.run.publisher import publish_now
 from pipelines.run.records import ValidationRecord
-from pipelines.run.working_copy import copy_at, working_copy
 from pipelines.sweeping.space import at_share
 from sgmd_core.errors import SgmdError, StopRequestedError
 

@@ -13,7 +13,8 @@ import pytest
 import ray
 
 from cluster.procfs import born, is_running
-from cluster.runtime import asked_with, start_ray
+from cluster.runtime import start_ray
+from cluster.tokens import asked_with
 
 REPORTS_ERRORS = """
 import sys
@@ -31,7 +32,8 @@ STARTS_TWICE = """
 import os, re, sys
 from pathlib import Path
 import ray
-from cluster.runtime import asked_with, start_ray
+from cluster.runtime import start_ray
+from cluster.tokens import asked_with
 
 def listening():
     # Sockets of this process and of all that know its token.
@@ -206,14 +208,15 @@ def test_a_process_that_is_connected_stays_so():
 ASKS_FOR_NONE = """
 import os, sys
 import ray
-from cluster.runtime import _warn_without_token, start_ray
+from cluster.runtime import start_ray
+from cluster.tokens import warn_without_token
 
 with start_ray(num_cpus=1, object_store_memory=100 * 2**20, temp_dir=sys.argv[1]):
     address = ray.get_runtime_context().gcs_address
-    _warn_without_token(address)
+    warn_without_token(address)
     print("chosen")
     del os.environ["RAY_AUTH_MODE"]
-    _warn_without_token(address)
+    warn_without_token(address)
 """
 
 

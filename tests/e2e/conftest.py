@@ -15,7 +15,7 @@ from pipelines.data.shards.values import pack_text
 from pipelines.shapes import ClipSplit, captions, write_shards
 from tests.helpers import tiny_wan
 from workers.models.content import fingerprint
-from workers.models.wan_family import LAYOUT
+from workers.models.wan_configs import LAYOUT
 from workers.models.wan_folder import inspect_wan_folder
 from workers.models.wan_text import load_text
 

@@ -22,9 +22,9 @@ from pipelines.generate import generate
 from pipelines.reporting.page import write_report
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
+from pipelines.run.opened_copy import working_copy
 from pipelines.run.places import shared_place
 from pipelines.run.records import IterationRecord
-from pipelines.run.working_copy import working_copy
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_stopping import run
 from tests.helpers.faulty_proxy import ProxyBook, Trouble

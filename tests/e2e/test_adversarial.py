@@ -17,7 +17,7 @@ from tests.e2e.test_equivalence import drop_checkpoint, history, moments, state
 from tests.helpers import tiny_wan
 from tests.helpers.moves import assert_moves
 from workers.models.content import fingerprint
-from workers.models.wan_family import LAYOUT
+from workers.models.wan_configs import LAYOUT
 
 GAN = [
     "fake_score.tracking=fresh",

@@ -9,7 +9,7 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.branching import branch, ensure_branch, keep_state, newest_state
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.run.working_copy import working_copy
+from pipelines.run.opened_copy import working_copy
 from pipelines.sweeping.run import from_kept_start
 from sgmd_core.errors import CheckpointError
 from tests.e2e.conftest import MakeRecipe

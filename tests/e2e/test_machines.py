@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.run.working_copy import run_copy
+from pipelines.run.opened_copy import run_copy
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT
 from tests.helpers.machines import Machines, some_machines, why_no_machines

@@ -16,8 +16,8 @@ from pipelines.data.stream.source import Source
 from pipelines.distillation.run import distill, dry_run
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
+from pipelines.run.opened_copy import working_copy
 from pipelines.run.records import IterationRecord
-from pipelines.run.working_copy import working_copy
 from sgmd_core.errors import DataError
 from tests.e2e.conftest import MakeRecipe
 from tests.helpers.s3_server import S3Access, S3Process, use_server

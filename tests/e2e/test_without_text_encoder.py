@@ -28,7 +28,7 @@ from tests.helpers import tiny_wan
 from tests.helpers.moves import assert_moves
 from workers.models.content import fingerprint
 from workers.models.families import family_of
-from workers.models.wan_family import LAYOUT
+from workers.models.wan_configs import LAYOUT
 
 PROMPT = "a red circle moves left"
 

@@ -39,6 +39,7 @@ from tests.helpers.tiny_wan import (
 from workers.adapters import add_adapters, make_trainable
 from workers.base_networks import shared_base, view_of
 from workers.build import build_evaluator, build_fake_score, build_generator, build_teacher
+from workers.clip_settings import VideoSettings
 from workers.models.adapter_files import adapter_factors, merged_weights
 from workers.models.wan import WanVelocity, load_transformer
 from workers.network_settings import ComputeSettings, LoraSettings, OptimizerSettings
@@ -49,7 +50,6 @@ from workers.settings import (
     GeneratorSettings,
     ModelSettings,
     TeacherSettings,
-    VideoSettings,
 )
 from workers.sharding import parameters_of
 

@@ -26,6 +26,7 @@ from workers.build import (
     build_teacher,
     build_text_encoder,
 )
+from workers.clip_settings import VideoSettings
 from workers.evaluator import clips_side_by_side
 from workers.models.exporting import DTYPES, narrowed
 from workers.models.families import family_of
@@ -37,7 +38,6 @@ from workers.settings import (
     GeneratorSettings,
     ModelSettings,
     TeacherSettings,
-    VideoSettings,
 )
 
 CAPTIONS = ("a red circle moves left", "a blue bar moves up slowly")

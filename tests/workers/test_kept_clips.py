@@ -16,10 +16,11 @@ from sgmd_core.worlds.readings import read_clips
 from tests.helpers.clip_samplers import REQUEST, CountingSampler
 from tests.helpers.logs import record_warnings
 from workers.clip_sets import ClipRequest, ClipSet
+from workers.clip_settings import VideoSettings
 from workers.evaluator import Sampling
 from workers.kept_clips import KeptClips, clip_facts, load_clip_set, save_clip_set, set_name
 from workers.measured_clips import MeasuredClips
-from workers.settings import ModelSettings, VideoSettings
+from workers.settings import ModelSettings
 
 ROOT = Path(__file__).parents[2]
 VIDEO, SCHEDULE = VideoSettings(5, 16, 16, 8), FlowMatchSchedule()

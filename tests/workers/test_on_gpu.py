@@ -10,13 +10,8 @@ from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import MicroBatchKey
 from workers.build import build_fake_score, build_generator, build_teacher, build_text_encoder
-from workers.settings import (
-    FakeScoreSettings,
-    GeneratorSettings,
-    ModelSettings,
-    TeacherSettings,
-    VideoSettings,
-)
+from workers.clip_settings import VideoSettings
+from workers.settings import FakeScoreSettings, GeneratorSettings, ModelSettings, TeacherSettings
 
 MODEL = ModelSettings(str(Path(__file__).parents[2] / "assets" / "tiny-wan"), text_length=16)
 VIDEO = VideoSettings(num_frames=13, height=32, width=32, fps=8)

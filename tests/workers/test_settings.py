@@ -5,16 +5,15 @@ import pickle
 import pytest
 
 from sgmd_core.errors import ConfigError
+from workers.clip_settings import Bucket, VideoSettings
 from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.settings import (
-    Bucket,
     DiscriminatorSettings,
     DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
     ModelSettings,
     TeacherSettings,
-    VideoSettings,
 )
 
 

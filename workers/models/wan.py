@@ -36,7 +36,7 @@ from workers.models.loading import load_network
 from workers.models.scheduler import build_scheduler
 from workers.models.sequence import split_over_ranks, with_summed_gradient
 from workers.models.sharded_loading import load_sharded, load_sharded_parts
-from workers.models.wan_family import (
+from workers.models.wan_configs import (
     EXPERTS_LAYOUT,
     LAYOUT,
     TEXT_ENCODER,

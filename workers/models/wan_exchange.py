@@ -30,7 +30,7 @@ from workers.models.low_rank import LowRank
 from workers.models.scaled_weights import is_beside_weights, open_scaled
 from workers.models.sharded_loading import load_sharded
 from workers.models.wan import WanVelocity, quiet_networks
-from workers.models.wan_family import LOW_NOISE, TRANSFORMER
+from workers.models.wan_configs import LOW_NOISE, TRANSFORMER
 from workers.models.wan_folder import check_component
 from workers.models.weight_changes import ChangedWeights, WeightChange
 

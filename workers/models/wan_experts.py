@@ -23,18 +23,15 @@ from workers.models.family import Denoiser
 from workers.models.folder import ModelFolder
 from workers.models.shape import ModelShape
 from workers.models.wan_arithmetic import RELEASED_SHAPES, ExpertsShape, WanShape
-from workers.models.wan_family import (
+from workers.models.wan_configs import (
     EXPERTS_LAYOUT,
     LOW_NOISE,
-    RELEASED_ENCODERS,
-    RELEASED_GEOMETRY,
     TRANSFORMER,
-    WAN_TRAITS,
-    WanFamily,
     read_component,
     require_alike,
     require_supported_index,
 )
+from workers.models.wan_family import RELEASED_ENCODERS, RELEASED_GEOMETRY, WAN_TRAITS, WanFamily
 
 if TYPE_CHECKING:
     from workers.models.experts import ExpertDenoiser

@@ -15,18 +15,17 @@ from workers.models.architecture import (
     check_network,
 )
 from workers.models.folder import ClipGeometry, FolderLayout, ModelFolder
-from workers.models.wan_family import (
+from workers.models.wan_configs import (
     EXPERTS_LAYOUT,
     LAYOUT,
     REMEDY,
-    SAMPLED_PX,
     TEXT_ENCODER,
     TRANSFORMER,
     VAE,
-    WAN,
     read_component,
     read_configs,
 )
+from workers.models.wan_family import SAMPLED_PX, WAN
 from workers.models.weights import ForeignNames
 
 _SCRIPT = "scripts/convert_wan_to_diffusers.py of diffusers"

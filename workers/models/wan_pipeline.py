@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from sgmd_core.errors import ModelFolderError
 from workers.models.pipeline_sampler import PipelineSampler
 from workers.models.wan import WanVelocity, load_experts, load_transformer, load_vae
-from workers.models.wan_family import LOW_NOISE, TRANSFORMER
+from workers.models.wan_configs import LOW_NOISE, TRANSFORMER
 from workers.models.wan_text import load_text
 
 

@@ -22,7 +22,7 @@ from workers.models.loading import (
     require_tied_embeddings,
 )
 from workers.models.vocabulary import require_known_tokens
-from workers.models.wan_family import TEXT_ENCODER, TOKENIZER, require_wan_index
+from workers.models.wan_configs import TEXT_ENCODER, TOKENIZER, require_wan_index
 from workers.models.wan_folder import check_component
 
 

@@ -28,7 +28,7 @@ from workers.models.sampling import EulerSampler
 from workers.models.scheduler import build_scheduler
 from workers.models.sharded_loading import load_sharded_parts
 from workers.models.wan import WanVelocity, load_vae
-from workers.models.wan_family import (
+from workers.models.wan_configs import (
     LAYOUT,
     TEXT_ENCODER,
     TOKENIZER,

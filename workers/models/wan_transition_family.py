@@ -28,16 +28,14 @@ from workers.models.sampling import ClipSampler
 from workers.models.shape import ModelShape
 from workers.models.transition_arithmetic import TransitionShape
 from workers.models.wan_arithmetic import WanShape
-from workers.models.wan_family import (
+from workers.models.wan_configs import (
     LAYOUT,
     REMEDY,
     TRANSFORMER,
     TRANSITION_CLASS,
-    WAN,
-    WAN_TRAITS,
-    WanFamily,
     require_supported_index,
 )
+from workers.models.wan_family import WAN, WAN_TRAITS, WanFamily
 from workers.models.weights import DIFFUSERS_STEM
 
 WAN_TRANSITION = "wan-transition"

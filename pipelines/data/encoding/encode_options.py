@@ -8,7 +8,7 @@ from pipelines.data.clips.hang_guard import MAX_HANG_S, require_hang_limit
 from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.schema import DTypeName
 from sgmd_core.errors import ConfigError
-from workers.settings import MAX_BUCKETS
+from workers.clip_settings import MAX_BUCKETS
 
 
 @dataclass(frozen=True, slots=True)

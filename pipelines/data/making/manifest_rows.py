@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.redaction import printable
-from pipelines.data.shards.columns import as_plain, fits
+from pipelines.data.shards.column_types import as_plain, fits
 from pipelines.data.shards.schema import CAPTION
 from pipelines.data.shards.text import decode_utf8
 from sgmd_core.errors import DataError

@@ -5,8 +5,8 @@ import pytest
 from pipelines.config.clip_sizes import require_samplable
 from sgmd_core.errors import ShapeError
 from tests.helpers.logs import record_warnings
+from workers.clip_settings import Bucket, VideoSettings
 from workers.models.wan_family import WAN_TRAITS
-from workers.settings import Bucket, VideoSettings
 
 
 def test_a_size_of_ones_own_that_the_pipeline_refuses_is_warned_of_and_one_of_buckets_refused(

@@ -12,9 +12,9 @@ from cluster.background import in_background
 from cluster.errors import StorageError, StoreRefusedError
 from cluster.files import storage_errors
 from cluster.lease import Lease
+from pipelines.run.opened_copy import copy_at, working_copy
 from pipelines.run.publisher import AddressPublisher
 from pipelines.run.records import RunEvent
-from pipelines.run.working_copy import copy_at, working_copy
 
 OUTAGE_S = 1.0
 FAILURE = StorageError("writing a state", "OSError: reset", "an answer", "Look at it")

@@ -8,8 +8,8 @@ from cluster.errors import StorageError
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl, require_inside, versions
 from pipelines.run.observer import RunObserver
+from pipelines.run.opened_copy import hold_place
 from pipelines.run.records import RunEvent
-from pipelines.run.working_copy import hold_place
 from sgmd_core.errors import CheckpointError, ConfigError
 
 

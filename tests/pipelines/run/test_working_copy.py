@@ -13,8 +13,9 @@ from s3fs import S3FileSystem
 
 from cluster.errors import StoreRefusedError
 from pipelines.run.held_folder import held_folder
+from pipelines.run.opened_copy import copy_at, working_copy
 from pipelines.run.places import is_path_inside
-from pipelines.run.working_copy import WorkingCopy, copy_at, working_copy
+from pipelines.run.working_copy import WorkingCopy
 from tests.helpers.s3_server import S3Access, use_server
 
 ROOT = Path(__file__).parents[3]

@@ -12,7 +12,7 @@ from cluster.files import store_address
 from cluster.lease import hold
 from cluster.storage import read_json, write_json
 from pipelines.config.recipe import load_recipe
-from pipelines.run.working_copy import working_copy
+from pipelines.run.opened_copy import working_copy
 from pipelines.sweeping.trial import (
     ERROR_FILE,
     CommonToTrials,
