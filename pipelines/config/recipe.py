@@ -165,7 +165,7 @@ class DistillConfig(Section):
 
     @property
     def fresh_updates(self) -> int:
-        """Updates of the fake score an iteration that see new samples; 0 with shared tracking."""
+        """Updates of the fake score per iteration that see new samples; 0 with shared tracking."""
         return self.objective.fake_updates if self.fake_score.tracking == "fresh" else 0
 
     def bucket_at(self, iteration: int) -> Bucket:

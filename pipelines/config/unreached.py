@@ -40,7 +40,7 @@ class LimitedRun(Protocol):
 
     @property
     def fresh_updates(self) -> int:
-        """Updates of the fake score an iteration that see new samples."""
+        """Updates of the fake score per iteration that see new samples."""
         ...
 
     @property

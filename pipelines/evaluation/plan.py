@@ -253,7 +253,7 @@ def _samplings(
     options: EvaluationOptions,
     config: DistillConfig | None,
 ) -> dict[str, Sampling]:
-    """How each set of clips is sampled, by its name."""
+    """Sampling of each set of clips, by its name."""
     found = teacher_samplings(
         options.teacher_steps or _recipe_teacher_steps(config),
         options.guidance_scale or theirs.guidance_scale,

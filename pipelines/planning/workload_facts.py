@@ -100,7 +100,7 @@ def roles_over_bf16(config: DistillConfig) -> frozenset[str]:
 
 
 def allows_joint_walk(config: DistillConfig, model: str | None) -> bool:
-    """Whether the fake score's two gradients may be made by one backward pass."""
+    """True if the fake score's two gradients may be made by one backward pass."""
     return (
         may_walk_once(config.objective, config.fake_score)
         and "joint" in family_of_role(config, FAKE_SCORE, model).traits.computes

@@ -62,7 +62,7 @@ class Objective(Protocol):
 
     @property
     def fake_updates(self) -> int:
-        """Updates of the fake score an iteration, which is one update of the generator."""
+        """Updates of the fake score per iteration, which is one update of the generator."""
         ...
 
     def generator_loss(

@@ -33,7 +33,7 @@ class AdmObjective:
 
     Attributes:
         method: Names this section among the methods.
-        fake_updates: Updates of the fake score an iteration.
+        fake_updates: Updates of the fake score per iteration.
         delta: Difference of noise levels of the step that is compared.
         adversary: Losses of generator and discriminator.
     """

@@ -159,7 +159,7 @@ class DmdObjective:
 
     Attributes:
         method: Names this section among the methods.
-        fake_updates: Updates of the fake score an iteration.
+        fake_updates: Updates of the fake score per iteration.
         normalizer_min: Least value of the denominator of the direction, `mean |x0 - x0_teacher|`,
             in latent units. The released trainers have 0 for video, 1e-4 where they train in
             phases and 0.1 for continuous-time matching.

@@ -45,7 +45,7 @@ class SgmdObjective:
             gradient clipping.
         normalizer_eps: Added to the teacher's residual, in latent units.
         sigma_floor: Lower limit of a noise level that something is divided by.
-        fake_updates: Updates of the fake score an iteration; paper and release make 1.
+        fake_updates: Updates of the fake score per iteration; paper and release make 1.
     """
 
     path: ClassVar[GradientPath] = GradientPath.FAKE_SCORE

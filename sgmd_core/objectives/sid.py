@@ -40,7 +40,7 @@ class SidObjective:
         method: Names this section among the methods.
         square_weight: `a`, the weight of the squared gap; 1 in the video recipe.
         normalizer_eps: Added to the teacher's residual, in latent units.
-        fake_updates: Updates of the fake score an iteration.
+        fake_updates: Updates of the fake score per iteration.
     """
 
     path: ClassVar[GradientPath] = GradientPath.BOTH_SCORES

@@ -31,7 +31,7 @@ class TsgFisherObjective:
         form: Weights of the noise levels, as for SGMD.
         normalizer_eps: Added to the teacher's residual, in latent units.
         sigma_floor: Lower limit of a noise level that something is divided by.
-        fake_updates: Updates of the fake score an iteration.
+        fake_updates: Updates of the fake score per iteration.
     """
 
     path: ClassVar[GradientPath] = GradientPath.FAKE_SCORE

@@ -16,7 +16,7 @@ class PseudoHuberObjective:
     Attributes:
         method: Names this section among the methods.
         delta: Gap at which the penalty turns linear, in latent units.
-        fake_updates: Updates of the fake score an iteration.
+        fake_updates: Updates of the fake score per iteration.
     """
 
     path: ClassVar[GradientPath] = GradientPath.FAKE_SCORE
