@@ -193,13 +193,14 @@ def ray_cluster(ray_folder: Path, s3_access: S3Access) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_head(ray_folder: Path) -> Iterator[str]:
     """A cluster as an operator starts one, of four CPUs and a GPU; yields its job server's URL.
 
     CPUs and GPU are logical: Ray counts and hands them out, and no network ever finds the GPU.
 
-    This process is not connected to it. It ends with the session, and only its own processes do.
+    This process is not connected to it. It ends with the module, and only its own processes do: one
+    that nobody uses takes a twentieth of a core.
     """
     log_file = ray_folder / "head.log"
     for is_last in (False, False, True):

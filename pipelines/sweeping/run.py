@@ -65,6 +65,8 @@ _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AW
 _MAX_LOSSES = 3
 _MAY_CHANGE = ("concurrent_trials",)
 _RECIPE = "recipe.yaml"
+# Of what a trial imports, what does not import Ray: a second of a core in each process.
+_MODULES_OF_TRIALS = ("pipelines.distillation.run", "pandas")
 
 
 def sweep(
@@ -237,7 +239,7 @@ def _sweep(
         side_by_side = min(config.sweep.concurrent_trials, total)
         bundles = [*_bundles(pools) * side_by_side, *bundles_of(lent)]
         num_cpus = own_cluster_size(config, bundles)
-        preload = modules_of(model_on_this_machine(config.model.folder))
+        preload = (*modules_of(model_on_this_machine(config.model.folder)), *_MODULES_OF_TRIALS)
         with (
             start_ray(config.topology.address, num_cpus=num_cpus, preload=preload),
             _lending(config, common.service, lent, events),

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 
 import pytest
@@ -58,6 +58,15 @@ def run_iteration(ray_cluster: None):
             group.close()
 
 
+@pytest.fixture
+def looking_at_new_objects() -> Iterator[None]:
+    """Keeps what is here already from being looked at again after every iteration."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def tensors_here() -> int:
     # By type: asking an object for its class makes some of torch's warn.
     return sum(issubclass(type(one), torch.Tensor | WireTensor) for one in gc.get_objects())
@@ -71,7 +80,9 @@ def settled(empty: Callable[[], bool], within_s: float = 20.0) -> bool:
     return empty()
 
 
-def test_objects_are_freed_as_soon_as_used_and_the_controller_holds_no_tensor(run_iteration):
+def test_objects_are_freed_as_soon_as_used_and_the_controller_holds_no_tensor(
+    run_iteration, looking_at_new_objects
+):
     others = store_use().num_objects
     run_iteration()
     tensors, most = tensors_here(), 0

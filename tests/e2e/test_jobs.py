@@ -15,10 +15,12 @@ from diffusers import WanPipeline
 from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_actors
 
+from cluster.errors import JobError
 from cluster.jobs import follow_job, submit_job
 from cluster.lease import LEASE_FILE
 from pipelines.run.folder import read_jsonl
 from pipelines.submitting.request import TRAVELLING
+from tests.cluster.toys import WAIT_S
 from tests.e2e.processes import ROOT
 from tests.helpers import tiny_wan
 from tests.helpers.secrets import files_with, plant
@@ -227,3 +229,73 @@ def test_a_sweep_and_an_evaluation_are_jobs_too(
     assert printed.splitlines()[-1] == f"results: {trial['run_folder']}"
     found = json.loads(Path(trial["run_folder"], "evaluation.json").read_text())
     assert found["num_captions"] == 8
+
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import ray
+from cluster.runtime import start_ray
+
+with start_ray():
+    print("word", sys.argv[1], "cpus", int(ray.cluster_resources()["CPU"]))
+print("variable", os.environ["COLOUR"], "ignored", Path("runs").exists())
+print("uploaded", sorted(path.name for path in Path().rglob("*") if path.is_file()))
+sys.exit(int(sys.argv[2]))
+"""
+
+SAVES_ON_STOP = """
+import pathlib, signal, sys, time
+
+def save(*_):
+    time.sleep(6)
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(sys.argv[1] + ".began").touch()
+time.sleep(300)
+"""
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.1)
+
+
+def test_a_job_runs_in_the_uploaded_folder_and_its_output_and_fate_come_back(
+    ray_head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "large").write_text("stays at home")
+    for secret in (".env", "prod.env", "key.pem", "keys/id_ed25519", "deep/.aws/credentials"):
+        (tmp_path / secret).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / secret).write_text("top-secret")
+    variables = {"COLOUR": "red", "PYTHONPATH": str(ROOT)}
+    output: list[str] = []
+
+    argv = [sys.executable, "program.py", "two words", "0"]
+    job = submit_job(ray_head, argv, tmp_path, variables)
+    follow_job(ray_head, job, output.append, WAIT_S)
+    assert "word two words cpus 4" in "".join(output)
+    assert "variable red ignored False" in "".join(output)
+    assert "uploaded ['program.py']" in "".join(output)
+
+    job = submit_job(ray_head, [*argv[:3], "3"], tmp_path, variables)
+    with pytest.raises(JobError, match=r"FAILED.*exit code 3"):
+        follow_job(ray_head, job, output.append, WAIT_S)
+
+    job = submit_job(ray_head, [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path)
+    with pytest.raises(JobError, match="has not ended within 1 s"):
+        follow_job(ray_head, job, output.append, 1)
+
+    stopping = [sys.executable, "-c", SAVES_ON_STOP, str(tmp_path / "saved")]
+    job = submit_job(ray_head, stopping, tmp_path, variables)
+    wait_for(tmp_path / "saved.began")
+    JobSubmissionClient(ray_head).stop_job(job)
+    # Ray itself leaves a job three seconds.
+    wait_for(tmp_path / "saved")
