@@ -43,6 +43,7 @@ from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, ROLES, TEACHER
 from pipelines.config.section import Section
 from pipelines.config.seldom_meant import (
     collapsing_levels,
+    departures,
     odd_ends,
     split_factors,
     unlearned_guidance,
@@ -207,7 +208,9 @@ class DistillConfig(Section):
         return phases_in(self)
 
     def first_exit(self, purpose: Purpose) -> int:
-        """First step that a rollout may leave at."""
+        """First step that a rollout may leave at; one that both learn from is the generator's."""
+        if self.fake_score.tracking == "shared":
+            purpose = Purpose.GENERATE
         return first_exit_of(self.objective, self.generator.diversity.first_exit, purpose)
 
     @property
@@ -340,6 +343,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         *unreached_parts(config),
         *odd_ends(config.schedule),
         *collapsing_levels(config.objective, config.schedule),
+        *departures(config.objective),
         *split_factors(config.teacher, config.teams[TEACHER]),
     )
     for sentence in told:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from cluster.schedule.program import Team
 from sgmd_core.objectives.meanflow import flow_of
+from sgmd_core.objectives.phased import PhasedObjective
 from sgmd_core.objectives.tmd import TmdObjective
 from sgmd_core.schedule import NUM_SCORE_LEVELS, FlowMatchSchedule
 from workers.settings import TeacherSettings
@@ -91,4 +92,19 @@ def split_factors(teacher: TeacherSettings, team: Team) -> Iterator[str]:
             f"a micro-batch are shared out among {parts} parts of the teacher: the numbers are "
             "not those of topology.mode=local, nor of another placement; give the teacher one rank "
             "and one replica, or set teacher.cfg_norm=layer_norm"
+        )
+
+
+def departures(objective: object) -> Iterator[str]:
+    """Returns a sentence where settings are named after a trainer whose numbers they do not make.
+
+    Args:
+        objective: Section `objective`.
+    """
+    if isinstance(objective, PhasedObjective) and objective.order == "alternate":
+        yield (
+            "objective.order alternate has the order and the levels of the released trainer, which "
+            "has a fake score for each phase; here one learns from both, and follows the mean of "
+            "two laws above the boundary until the low phase keeps the law of the high one. The "
+            "paper's order, sequential, has no such mean"
         )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipelines.config.recipe import load_recipe
 from sgmd_core.objectives import first_exit_of, looks_of
 from sgmd_core.objectives.cdm import CdmObjective
 from sgmd_core.objectives.diversity import anchor_velocity
@@ -426,3 +427,12 @@ class TestDiversity:
                 generator.sample(MicroBatchKey(0, micro_batch, purpose), TEXT)
                 lengths.add(len(passes))
             assert lengths == set(range(shortest, 5))
+
+    @pytest.mark.parametrize(("tracking", "first"), [("fresh", 0), ("shared", 1)])
+    def test_lag_is_measured_on_rollouts_that_the_fake_score_learns_from(
+        self, tracking: str, first: int
+    ) -> None:
+        settings = ["objective.method=dmd", "generator.diversity.weight=0.05"]
+        config = load_recipe("tiny", [*settings, f"fake_score.tracking={tracking}"])
+        assert config.first_exit(Purpose.GENERATE) == 1
+        assert {config.first_exit(each) for each in (Purpose.TRACK, Purpose.LAG)} == {first}

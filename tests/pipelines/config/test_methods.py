@@ -139,3 +139,11 @@ def test_rcm_without_its_consistency_asks_for_what_matching_asks_for():
     assert needs_data(program_of(load_recipe("tiny-rcm")))
     assert not needs_data(program_of(alone))
     assert program_of(alone) == program_of(dmd2)
+
+
+@pytest.mark.parametrize("order", ["sequential", "alternate"])
+def test_an_order_with_one_fake_score_where_its_trainer_has_two_is_said(
+    order: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_recipe("tiny-phased", [f"objective.order={order}"])
+    assert ("a fake score for each phase" in caplog.text) == (order == "alternate")
