@@ -20,14 +20,13 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.config.recipe import load_recipe
-from pipelines.media.charts import linear_axis
+from pipelines.media.charts import Plane, linear_axis
 from pipelines.media.plot_files import (
-    axes,
+    FRAME,
     axis_titles,
     colour_class,
     colour_legend,
-    place_x,
-    place_y,
+    polyline,
     svg_file,
 )
 from pipelines.run.differences import value_differences
@@ -124,10 +123,10 @@ def plot(title: str, y_title: str, curves: Mapping[str, Mapping[str, float]]) ->
     every = [point for curve in points.values() for point in curve]
     x_axis = linear_axis(0, max(x for x, _ in every))
     y_axis = linear_axis(0, max(y for _, y in every))
-    parts = [*axes(x_axis, y_axis), *axis_titles("iterations", y_title)]
+    plane = Plane(x_axis, y_axis, FRAME)
+    parts = [*plane.grid(), *axis_titles("iterations", y_title)]
     for place, curve in enumerate(points.values()):
-        path = " ".join(f"{place_x(x, x_axis)},{place_y(y, y_axis)}" for x, y in curve)
-        parts.append(f'<polyline class="line {colour_class(place)}" points="{path}"/>')
+        parts.append(polyline(curve, plane, colour_class(place)))
     legend = [(label, colour_class(place)) for place, label in enumerate(points)]
     return svg_file(title, [*parts, *colour_legend(legend)])
 

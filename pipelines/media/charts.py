@@ -13,10 +13,6 @@ from html import escape
 from statistics import median
 
 NUM_COLOURS = 6
-_WIDTH, _HEIGHT = 360, 200
-VIEW_BOX = f"0 0 {_WIDTH} {_HEIGHT}"
-"""Coordinates of a picture."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 10, 24
 _MAX_POINTS = 400
 _SMOOTH_ABOVE = 40
 _WINDOW_SHARE = 0.05
@@ -79,6 +75,69 @@ class Axis:
         return math.log10(value) if self.log else value
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where the axes of a picture lie.
+
+    Attributes:
+        width: Of the picture.
+        height: Of the picture.
+        left: The vertical axis.
+        right: End of the horizontal axis.
+        top: End of the vertical axis.
+        bottom: The horizontal axis.
+        gap: Between an axis and its labels.
+    """
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+    gap: int
+
+
+_FRAME = Frame(360, 200, left=48, right=350, top=10, bottom=176, gap=6)
+VIEW_BOX = f"0 0 {_FRAME.width} {_FRAME.height}"
+"""Coordinates of a picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """Two axes in a picture."""
+
+    x_axis: Axis
+    y_axis: Axis
+    frame: Frame = _FRAME
+
+    def x(self, value: float) -> float:
+        """Horizontal place in the picture."""
+        left, right = self.frame.left, self.frame.right
+        return round(left + self.x_axis.place(value) * (right - left), 1)
+
+    def y(self, value: float) -> float:
+        """Vertical place in the picture."""
+        top, bottom = self.frame.top, self.frame.bottom
+        return round(bottom - self.y_axis.place(value) * (bottom - top), 1)
+
+    def grid(self) -> list[str]:
+        """Lines and labels of both axes."""
+        frame, parts = self.frame, list[str]()
+        for tick in self.y_axis.ticks:
+            y, label = self.y(tick), self.y_axis.label(tick)
+            parts.append(
+                f'<line class="grid" x1="{frame.left}" x2="{frame.right}" y1="{y}" y2="{y}"/>'
+            )
+            parts.append(
+                f'<text class="y" x="{frame.left - frame.gap}" y="{y + 4:.1f}">{label}</text>'
+            )
+        for tick in self.x_axis.ticks:
+            place = f'x="{self.x(tick)}" y="{frame.bottom + frame.gap + 10}"'
+            parts.append(f'<text class="x" {place}>{self.x_axis.label(tick)}</text>')
+        return parts
+
+
 def line_chart(series: Sequence[Series], *, log: bool = False, marks: Sequence[Mark] = ()) -> str:
     """Draws curves over one horizontal axis.
 
@@ -100,18 +159,19 @@ def line_chart(series: Sequence[Series], *, log: bool = False, marks: Sequence[M
     values = [y for _, y in points]
     use_log = log and min(values) > 0
     y_axis = (log_axis if use_log else linear_axis)(min(values), max(values))
+    plane, frame = Plane(x_axis, y_axis), _FRAME
     names = escape(", ".join(curve.label for curve in series), quote=True)
     curves = escape(json.dumps([_recorded(curve) for curve in series]), quote=True)
-    plane = " ".join(f"{at:g}" for at in (_LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM))
     parts = [
         f'<svg viewBox="{VIEW_BOX}" role="img" aria-label="{names}" '
-        f'data-plane="{plane}" data-range="{x_axis.low:g} {x_axis.high:g}" data-curves="{curves}">'
+        f'data-plane="{frame.left} {frame.right} {frame.top} {frame.bottom}" '
+        f'data-range="{x_axis.low:g} {x_axis.high:g}" data-curves="{curves}">'
     ]
-    parts += grid_lines(x_axis, y_axis)
-    parts += _marks(marks, x_axis)
+    parts += plane.grid()
+    parts += _marks(marks, plane)
     for index, curve in enumerate(series):
         css = f"c{index % NUM_COLOURS}"
-        parts += _curve(curve, css, x_axis, y_axis, raw=len(series) <= 2)
+        parts += _curve(curve, css, plane, raw=len(series) <= 2)
     return "".join([*parts, "</svg>"])
 
 
@@ -190,47 +250,33 @@ def _recorded(curve: Series) -> dict[str, object]:
     return {"label": curve.label, "x": [curve.x[i] for i in kept], "y": values}
 
 
-def grid_lines(x_axis: Axis, y_axis: Axis) -> list[str]:
-    """Lines and labels of both axes."""
-    parts: list[str] = []
-    bottom = _HEIGHT - _BOTTOM
-    for tick in y_axis.ticks:
-        y = y_of(tick, y_axis)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="y">{y_axis.label(tick)}</text>')
-    for tick in x_axis.ticks:
-        place = f'x="{x_of(tick, x_axis)}" y="{bottom + 16}"'
-        parts.append(f'<text {place} class="x">{x_axis.label(tick)}</text>')
-    return parts
-
-
-def _marks(marks: Sequence[Mark], x_axis: Axis) -> list[str]:
+def _marks(marks: Sequence[Mark], plane: Plane) -> list[str]:
     """One line a pixel, whatever happened there: hundreds of alarms stay one red band."""
     labels: dict[int, list[str]] = {}
     for mark in marks:
-        if x_axis.low <= mark.x <= x_axis.high:
-            labels.setdefault(round(x_of(mark.x, x_axis)), []).append(mark.label)
-    bottom = _HEIGHT - _BOTTOM
+        if plane.x_axis.low <= mark.x <= plane.x_axis.high:
+            labels.setdefault(round(plane.x(mark.x)), []).append(mark.label)
+    top, bottom = plane.frame.top, plane.frame.bottom
     return [
         f'<g class="mark"><title>{escape("; ".join(dict.fromkeys(texts)))}</title>'
-        f'<line x1="{x}" x2="{x}" y1="{_TOP}" y2="{bottom}"/>'
-        f'<path d="M{x - 4} {_TOP - 6}h8l-4 7z"/></g>'
+        f'<line x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>'
+        f'<path d="M{x - 4} {top - 6}h8l-4 7z"/></g>'
         for x, texts in sorted(labels.items())
     ]
 
 
-def _curve(curve: Series, css: str, x_axis: Axis, y_axis: Axis, *, raw: bool) -> list[str]:
+def _curve(curve: Series, css: str, plane: Plane, *, raw: bool) -> list[str]:
     x, y = list(curve.x), list(curve.y)
     kept = thinned(y, _MAX_POINTS)
     if len(y) > _SMOOTH_ABOVE:
         places = [x[i] for i in kept]
-        parts = [_path(places, [y[i] for i in kept], f"raw {css}", x_axis, y_axis)] if raw else []
+        parts = [_path(places, [y[i] for i in kept], f"raw {css}", plane)] if raw else []
         smooth = running_median(y, max(5, round(len(y) * _WINDOW_SHARE)), kept)
-        return [*parts, _path(places, smooth, f"line {css}", x_axis, y_axis)]
+        return [*parts, _path(places, smooth, f"line {css}", plane)]
     return [
-        _path(x, y, f"line {css}", x_axis, y_axis),
+        _path(x, y, f"line {css}", plane),
         *(
-            f'<circle class="dot {css}" cx="{x_of(at, x_axis)}" cy="{y_of(value, y_axis)}" r="2.5">'
+            f'<circle class="dot {css}" cx="{plane.x(at)}" cy="{plane.y(value)}" r="2.5">'
             f"<title>{escape(curve.label)} at {number(at)}: {number(value)}</title></circle>"
             for at, value in zip(x, y, strict=True)
             if _finite(value)
@@ -238,26 +284,16 @@ def _curve(curve: Series, css: str, x_axis: Axis, y_axis: Axis, *, raw: bool) ->
     ]
 
 
-def _path(x: Sequence[float], y: Sequence[float], css: str, x_axis: Axis, y_axis: Axis) -> str:
+def _path(x: Sequence[float], y: Sequence[float], css: str, plane: Plane) -> str:
     steps: list[str] = []
     pen = "M"
     for at, value in zip(x, y, strict=True):
         if not _finite(value):
             pen = "M"
             continue
-        steps.append(f"{pen}{x_of(at, x_axis)} {y_of(value, y_axis)}")
+        steps.append(f"{pen}{plane.x(at)} {plane.y(value)}")
         pen = "L"
     return f'<path class="{css}" d="{"".join(steps)}"/>'
-
-
-def x_of(value: float, axis: Axis) -> float:
-    """Horizontal place in the picture."""
-    return round(_LEFT + axis.place(value) * (_WIDTH - _LEFT - _RIGHT), 1)
-
-
-def y_of(value: float, axis: Axis) -> float:
-    """Vertical place in the picture."""
-    return round(_HEIGHT - _BOTTOM - axis.place(value) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
 
 def _finite(value: float | None) -> bool:

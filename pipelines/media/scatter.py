@@ -7,13 +7,10 @@ from html import escape
 
 from pipelines.media.charts import (
     VIEW_BOX,
-    Axis,
-    grid_lines,
+    Plane,
     linear_axis,
     log_axis,
     number,
-    x_of,
-    y_of,
 )
 
 _NOTHING = '<p class="missing">No finite values were recorded.</p>'
@@ -65,19 +62,20 @@ def scatter(
     ends = [end for dot in dots for end in dot.interval or ()]
     x_axis = (log_axis if log_x else linear_axis)(min(d.x for d in dots), max(d.x for d in dots))
     y_axis = linear_axis(min([*ends, *(d.y for d in dots)]), max([*ends, *(d.y for d in dots)]))
+    plane = Plane(x_axis, y_axis)
     parts = [
         f'<svg viewBox="{VIEW_BOX}" role="img" aria-label="{escape(names, quote=True)}">',
-        *grid_lines(x_axis, y_axis),
+        *plane.grid(),
     ]
     if band:
-        parts += _band([dot for dot in dots if dot.css == "c0"], x_axis, y_axis)
+        parts += _band([dot for dot in dots if dot.css == "c0"], plane)
     if path:
-        places = " L".join(f"{x_of(x, x_axis)} {y_of(y, y_axis)}" for x, y in path)
+        places = " L".join(f"{plane.x(x)} {plane.y(y)}" for x, y in path)
         parts.append(f'<path class="line c1" d="M{places}"/>')
     for dot in dots:
-        x, y = x_of(dot.x, x_axis), y_of(dot.y, y_axis)
+        x, y = plane.x(dot.x), plane.y(dot.y)
         if dot.interval is not None:
-            low, high = (y_of(end, y_axis) for end in dot.interval)
+            low, high = (plane.y(end) for end in dot.interval)
             parts.append(
                 f'<line class="{dot.css} whisker" x1="{x}" x2="{x}" y1="{low}" y2="{high}"/>'
             )
@@ -107,32 +105,29 @@ def smoothed(
     return mean, math.sqrt(spread / max(effective - 1, 0.5))
 
 
-def _band(dots: Sequence[Dot], x_axis: Axis, y_axis: Axis) -> list[str]:
+def _band(dots: Sequence[Dot], plane: Plane) -> list[str]:
     if len(dots) < _LEAST_FOR_BAND:
         return []
+    x_axis, y_axis = plane.x_axis, plane.y_axis
     places, values = [x_axis.place(dot.x) for dot in dots], [dot.y for dot in dots]
     first, last = min(places), max(places)
+    left, right = plane.frame.left, plane.frame.right
     line: list[str] = []
     upper: list[str] = []
     lower: list[str] = []
     for index in range(_BAND_POINTS):
         at = first + (last - first) * index / (_BAND_POINTS - 1)
         mean, error = smoothed(places, values, at)
-        x = f"{_at_share(x_axis, at):.1f}"
-        line.append(f"{x} {y_of(mean, y_axis)}")
+        x = f"{left + at * (right - left):.1f}"
+        line.append(f"{x} {plane.y(mean)}")
         for side, sign in ((upper, 1), (lower, -1)):
             end = mean + sign * _NORMAL_95 * error
-            side.append(f"{x} {y_of(min(max(end, y_axis.low), y_axis.high), y_axis)}")
+            side.append(f"{x} {plane.y(min(max(end, y_axis.low), y_axis.high))}")
     around = " L".join([*upper, *reversed(lower)])
     return [
         f'<path class="band" d="M{around}Z"/>',
         f'<path class="line c0" d="M{" L".join(line)}"/>',
     ]
-
-
-def _at_share(axis: Axis, share: float) -> float:
-    left, right = x_of(axis.low, axis), x_of(axis.high, axis)
-    return left + share * (right - left)
 
 
 @dataclass(frozen=True, slots=True)

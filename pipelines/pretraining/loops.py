@@ -171,14 +171,8 @@ def _watch(
             _WATCH_SEED,
         )
         if config.partial_output is not None:
-            write_pipeline_folder(
-                config.partial_output,
-                transformer=averaged.transformer.transformer,
-                vae=vae.vae,
-                text_encoder=averaged.text_encoder,
-                tokenizer=averaged.tokenizer,
-                settings=inference_settings(config),
-            )
+            settings = inference_settings(config)
+            write_pipeline_folder(config.partial_output, averaged, vae, settings)
     return asdict(world.score(videos, captions))
 
 

@@ -320,14 +320,7 @@ def _write_folder(config: PretrainConfig, run: _Run) -> None:
         vocabulary = json.loads((folder / VOCABULARY_FILE).read_text())
         teacher = build_pretrained_teacher(config, vocabulary, vae.vae.config["z_dim"])
         teacher.load_state_dict(torch.load(folder / NETWORKS_FILE, weights_only=True))
-    write_pipeline_folder(
-        config.output,
-        transformer=teacher.transformer.transformer,
-        vae=vae.vae,
-        text_encoder=teacher.text_encoder,
-        tokenizer=teacher.tokenizer,
-        settings=inference_settings(config),
-    )
+    write_pipeline_folder(config.output, teacher, vae, inference_settings(config))
 
 
 def _run_stage(

@@ -13,18 +13,15 @@ from pathlib import Path
 
 from cluster.storage import write_text
 from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW
-from pipelines.media.charts import linear_axis, number
+from pipelines.media.charts import Plane, linear_axis, number
 from pipelines.media.plot_files import (
+    FRAME,
     LIGHT,
-    TOP,
-    WIDTH,
-    axes,
     axis_titles,
     colour_class,
     colour_legend,
     dot,
-    place_x,
-    place_y,
+    polyline,
     rule,
     svg_file,
 )
@@ -69,13 +66,12 @@ def quality_plot(result: StudyResult, *, by_seconds: bool) -> str:
     floor = result.teacher[FLOOR][QUALITY]
     x_axis = linear_axis(0, max(x for points in curves.values() for x, _ in points))
     y_axis = linear_axis(0, max(start, *(y for points in curves.values() for _, y in points)))
-    parts = axes(x_axis, y_axis)
-    parts += rule(floor, y_axis, "teacher, other seeds")
+    plane = Plane(x_axis, y_axis, FRAME)
+    parts = [*plane.grid(), *rule(floor, plane, "teacher, other seeds")]
     for variant, points in curves.items():
         css = _colour(result, variant)
-        path = " ".join(f"{place_x(x, x_axis)},{place_y(y, y_axis)}" for x, y in points)
-        parts.append(f'<polyline class="line {css}" points="{path}"/>')
-        parts += [dot(x, y, x_axis, y_axis, css, variant) for x, y in points[1:]]
+        parts.append(polyline(points, plane, css))
+        parts += [dot(x, y, plane, css, variant) for x, y in points[1:]]
     what = "seconds of training" if by_seconds else "forward passes over a batch"
     return svg_file(
         f"Fréchet distance to the teacher against {what}",
@@ -100,13 +96,14 @@ def motion_plot(result: StudyResult) -> str:
     y_axis = linear_axis(
         min(0.9, *(y for _, y in everywhere)), max(1.0, *(y for _, y in everywhere))
     )
-    parts = [*axes(x_axis, y_axis), *rule(1.0, y_axis, "teacher")]
-    parts.append(dot(*start, x_axis, y_axis, "c7", "teacher, few steps", radius=6))
+    plane = Plane(x_axis, y_axis, FRAME)
+    parts = [*plane.grid(), *rule(1.0, plane, "teacher")]
+    parts.append(dot(*start, plane, "c7", "teacher, few steps", radius=6))
     for variant, points in shown.items():
         css = _colour(result, variant)
-        parts += [dot(x, y, x_axis, y_axis, f"seed {css}", variant) for x, y in points]
+        parts += [dot(x, y, plane, f"seed {css}", variant) for x, y in points]
         mean = [sum(axis) / len(points) for axis in zip(*points, strict=True)]
-        parts.append(dot(mean[0], mean[1], x_axis, y_axis, css, f"{variant}, mean", radius=6))
+        parts.append(dot(mean[0], mean[1], plane, css, f"{variant}, mean", radius=6))
     titles = axis_titles("Fréchet distance", "motion (flow, top 5 %) over the teacher's")
     legend = _legend(result, list(shown), extra=("teacher, few steps", "c7"))
     return svg_file("Motion against Fréchet distance", [*parts, *titles, *legend])
@@ -120,19 +117,19 @@ def cost_plot(result: StudyResult) -> str:
         return ""
     roles = list(dict.fromkeys(role_of(name) for stages in costs.values() for name in stages))
     x_axis = linear_axis(0, max(sum(stages.values()) for stages in costs.values()))
-    left, bottom = 170, TOP + len(costs) * (_BAR + _BAR_GAP)
-    scale = (WIDTH - left - 20) / x_axis.high
+    left, bottom = 170, FRAME.top + len(costs) * (_BAR + _BAR_GAP)
+    scale = (FRAME.width - left - 20) / x_axis.high
     parts: list[str] = []
     for tick in x_axis.ticks:
         x = round(left + tick * scale, 1)
-        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP - 8}" y2="{bottom}"/>')
+        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{FRAME.top - 8}" y2="{bottom}"/>')
         parts.append(f'<text class="x" x="{x}" y="{bottom + 16}">{x_axis.label(tick)}</text>')
     parts.append(
-        f'<text class="x" x="{left + (WIDTH - left) / 2:.0f}" y="{bottom + 36}">'
+        f'<text class="x" x="{left + (FRAME.width - left) / 2:.0f}" y="{bottom + 36}">'
         "busy seconds of an iteration</text>"
     )
     for row, (variant, stages) in enumerate(costs.items()):
-        y = TOP + row * (_BAR + _BAR_GAP)
+        y = FRAME.top + row * (_BAR + _BAR_GAP)
         parts.append(f'<text class="y" x="{left - 8}" y="{y + 15}">{escape(variant)}</text>')
         at = float(left)
         for role in roles:

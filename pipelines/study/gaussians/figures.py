@@ -10,17 +10,15 @@ from html import escape
 from pathlib import Path
 
 from cluster.storage import write_text
-from pipelines.media.charts import Axis, linear_axis, log_axis
+from pipelines.media.charts import Axis, Plane, linear_axis, log_axis
 from pipelines.media.plot_files import (
+    FRAME,
     GREY,
-    TOP,
-    axes,
     axis_titles,
     colour_class,
     colour_legend,
     dot,
-    place_x,
-    place_y,
+    polyline,
     svg_file,
 )
 from pipelines.study.gaussians.distilling import mixture_of
@@ -56,12 +54,12 @@ def energy_plot(results: GaussianResults, world: str) -> str:
         return svg_file(f"{world}: no variant stayed finite", [])
     x_axis = linear_axis(0, max(x for x, _ in shown))
     y_axis = log_axis(min(y for _, y in shown), max(y for _, y in shown))
-    parts = axes(x_axis, y_axis)
+    plane = Plane(x_axis, y_axis, FRAME)
+    parts = plane.grid()
     for place, (variant, curve) in enumerate(curves.items()):
         css = colour_class(place)
-        path = " ".join(f"{place_x(x, x_axis)},{place_y(y, y_axis)}" for x, y in curve)
-        parts.append(f'<polyline class="line {css}" points="{path}"/>')
-        parts += [dot(x, y, x_axis, y_axis, css, variant) for x, y in curve]
+        parts.append(polyline(curve, plane, css))
+        parts += [dot(x, y, plane, css, variant) for x, y in curve]
     title = f"{world}: energy distance to the truth, means over {results.config.num_seeds} seeds"
     entries = [(variant, colour_class(place)) for place, variant in enumerate(curves)]
     titles = axis_titles("forward passes over a batch", "squared energy distance")
@@ -80,7 +78,7 @@ def samples_plot(results: GaussianResults, world: str) -> str:
     parts: list[str] = []
     for place, (label, shown, css) in enumerate(panels):
         row, column = divmod(place, _COLUMNS)
-        left, top = 16 + column * (_PANEL + _GAP), TOP + row * (_PANEL + 34)
+        left, top = 16 + column * (_PANEL + _GAP), FRAME.top + row * (_PANEL + 34)
         parts.append(
             f'<rect x="{left}" y="{top}" width="{_PANEL}" height="{_PANEL}" fill="none" '
             f'class="grid"/><text x="{left}" y="{top + _PANEL + 16}">{escape(label)}</text>'
@@ -88,7 +86,7 @@ def samples_plot(results: GaussianResults, world: str) -> str:
         parts += [_point(point, axis, left, top, css) for point in shown]
     rows = math.ceil(len(panels) / _COLUMNS)
     title = f"{world}: samples of seed 0"
-    return svg_file(title, parts, height=TOP + rows * (_PANEL + 34) + 8)
+    return svg_file(title, parts, height=FRAME.top + rows * (_PANEL + 34) + 8)
 
 
 def _point(point: Sequence[float], axis: Axis, left: float, top: float, css: str) -> str:
