@@ -68,10 +68,11 @@ def teacher_bytes(work: Workload) -> int:
 
 
 def stream_bytes(work: Workload, role: str) -> int:
-    """Bytes of the inputs of all layers, of one sample: those of self-attention's outputs."""
+    """Bytes of the inputs of all layers that one sample passes: those of attention's outputs."""
     shape = work.shape_of(role)
     size = 2 if role in work.bf16 else 4
-    return size * shape.num_layers * shape.num_tokens(work.latent_shape) * shape.width
+    tokens = shape.num_tokens(work.latent_shape)
+    return size * shape.num_passed_layers * tokens * shape.width
 
 
 def pair_bytes(work: Workload, role: str) -> int:

@@ -199,7 +199,7 @@ def _graph(work: Workload, role: str) -> float:
         checkpointing=role in work.checkpointing,
     )
     if role in work.all_pairs and role not in work.checkpointing:
-        graph += work.shape_of(role).num_layers * pair_bytes(work, role)
+        graph += work.shape_of(role).num_passed_layers * pair_bytes(work, role)
     return graph + (stream_bytes(work, role) if role in work.selective else 0)
 
 

@@ -195,6 +195,10 @@ class ToyShape:
         return {"up": (self.width, inner), "down": (inner, self.width)}
 
     @property
+    def num_passed_layers(self) -> int:
+        return self.num_layers
+
+    @property
     def num_parameters(self) -> int:
         ends = self.channels + _TIME_FEATURES + self.text_width + 3
         outward = (self.width + 1) * self.channels

@@ -33,6 +33,11 @@ class DenoiserShape(Protocol):
         ...
 
     @property
+    def num_passed_layers(self) -> int:
+        """Layers that one sample passes through, each as often as it does."""
+        ...
+
+    @property
     def width(self) -> int:
         """Width of the residual stream between layers."""
         ...

@@ -39,6 +39,11 @@ class TransitionShape(DerivedShape):
         return self.base.num_layers
 
     @property
+    def num_passed_layers(self) -> int:
+        """Layers that one sample passes through: those of the head in each inner step."""
+        return self.base.num_layers + (self.inner_steps - 1) * self.head_layers
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the denoiser and of what its head has besides."""
         d = self.width

@@ -75,6 +75,11 @@ class WanShape:
         )
 
     @property
+    def num_passed_layers(self) -> int:
+        """Layers that one sample passes through: all of them, once."""
+        return self.num_layers
+
+    @property
     def num_parameters(self) -> int:
         """Parameters, biases and norms included."""
         d, f = self.width, self.ffn_width
@@ -269,6 +274,11 @@ class ExpertsShape(DerivedShape):
     def num_layers(self) -> int:
         """Layers of both."""
         return 2 * self.expert.num_layers
+
+    @property
+    def num_passed_layers(self) -> int:
+        """Layers that one sample passes through: those of one expert."""
+        return self.expert.num_layers
 
     @property
     def num_parameters(self) -> int:

@@ -465,17 +465,21 @@ class TestMemory:
         kept_whole = generator_memory(replace(SMALL, checkpointing=frozenset()), 1, 1, 1).graphs
         assert kept_whole > 30 * graph
 
-    def test_modes_of_checkpointing_trade_memory_of_the_gpu_for_time_and_main_memory(self):
+    # Of two experts of its size a sample passes one.
+    @pytest.mark.parametrize(("recipe", "model"), [("wan21-14b", "14b"), ("wan22-a14b", "a14b")])
+    def test_modes_of_checkpointing_trade_memory_of_the_gpu_for_time_and_main_memory(
+        self, recipe, model
+    ):
         found = {}
         for mode in ("true", "selective", "offload"):
             options = [f"{role}.compute.checkpointing={mode}" for role in (GENERATOR, FAKE_SCORE)]
-            work = Workload.of(load_recipe("wan-1.3b", options), "14b")
+            work = Workload.of(load_recipe(recipe, options), model)
             seconds = modelled(work, Hardware()).seconds
             found[mode] = generator_memory(work, 4, 1, 1), seconds[GENERATOR, "learn"]
         again, selective, offload = (memory for memory, _ in found.values())
         streams = 40 * 2 * 32760 * 5120
         assert selective.graphs == again.graphs + streams
-        assert offload.graphs == again.graphs - streams
+        assert offload.graphs == again.graphs - streams > 0
         assert (again.host, selective.host, offload.host) == (0, 0, streams)
         again_s, selective_s, offload_s = (seconds for _, seconds in found.values())
         # Self-attention is half of the operations at this size.
