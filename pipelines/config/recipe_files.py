@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from cluster.files import open_store, storage_errors, store_address
 from cluster.redaction import without_secrets
+from pipelines.config.captions_of_jobs import with_captions_beside
 from pipelines.config.overrides import Override, apply_overrides, parse_override
 from pipelines.config.settings_check import known_keys, validate
 from pipelines.config.yaml_text import MAX_CHARACTERS, read_yaml, shortened, yaml_problem
@@ -153,7 +154,7 @@ def load(kind: type[C], name_or_path: str, overrides: Sequence[str] = ()) -> C:
     """
     path = find_recipe(name_or_path)
     attempted = f"reading the recipe {store_address(path) or path}"
-    settings = recipe_sections(path, kind)
+    settings = with_captions_beside(recipe_sections(path, kind), path)
     _require_command(kind, settings, name_or_path, attempted)
     if overrides:
         attempted += f" with {shortened(without_secrets(', '.join(overrides)))}"

@@ -9,6 +9,7 @@ from cluster.checkpoints import MANIFEST, Checkpoints
 from cluster.errors import StorageError
 from cluster.logs import ANY, is_kind
 from cluster.storage import read_json, write_json
+from pipelines.config.captions_of_jobs import keep_captions
 from pipelines.config.old_runs import settings_before_they_existed
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.config.yaml_text import shortened
@@ -46,6 +47,7 @@ def begin(config: DistillConfig, checked: Preflight, folder: RunFolder) -> None:
         ConfigError: A run of this name exists already.
     """
     folder.create(config.to_yaml())
+    keep_captions(config.data, folder.root)
     write_json(str(folder.identity), identity(config, checked))
 
 

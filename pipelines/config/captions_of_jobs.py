@@ -1,0 +1,67 @@
+"""Files of captions that went along with a job, kept with its run: the package is deleted with it.
+
+in the job          submitted/data.train/prompts.txt       -> a copy in the folder of the run
+anywhere else       RUN/submitted/data.train/prompts.txt   is what RUN/config.yaml means by it
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cluster.files import write_whole
+from pipelines.config.caption_sets import DataSettings
+from pipelines.data.making.caption_file import JOB_FOLDER
+
+
+def keep_captions(data: DataSettings, run: Path) -> None:
+    """Copy the files of captions that went along with a job into the folder of its run.
+
+    Args:
+        data: Settings of the run's captions.
+        run: Its folder.
+    """
+    for url in dict.fromkeys([data.train, data.validation, *(each.source for each in data.also)]):
+        if _went_along(url) and Path(url).is_file():
+            write_whole(run / url, Path(url).read_bytes())
+
+
+def with_captions_beside(settings: Mapping[str, Any], recipe: Path) -> dict[str, Any]:
+    """Settings that name such files where they lie now: beside the run's own recipe.
+
+    Args:
+        settings: Content of a recipe, unchecked.
+        recipe: Where it was read.
+    """
+    data = settings.get("data")
+    if not isinstance(data, dict):
+        return dict(settings)
+
+    def found(url: object) -> object:
+        if not isinstance(url, str) or not _went_along(url) or Path(url).exists():
+            return url
+        return str(recipe.parent / url) if (recipe.parent / url).is_file() else url
+
+    return {**settings, "data": dict(_renamed(data, found))}
+
+
+def _renamed(
+    data: Mapping[str, Any], found: Callable[[object], object]
+) -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if key in ("train", "validation"):
+            yield key, found(value)
+        elif key == "also" and isinstance(value, list):
+            sets = (
+                {**each, "source": found(each["source"])}
+                if isinstance(each, dict) and "source" in each
+                else each
+                for each in value
+            )
+            yield key, list(sets)
+        else:
+            yield key, value
+
+
+def _went_along(url: str) -> bool:
+    parts = PurePosixPath(url).parts
+    return parts[:1] == (JOB_FOLDER,) and ".." not in parts

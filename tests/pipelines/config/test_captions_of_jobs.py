@@ -1,0 +1,41 @@
+"""Files of captions that went along with a job are found beside the run, and nowhere else."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.config.captions_of_jobs import keep_captions
+from pipelines.config.recipe import load_recipe
+
+TRAIN, HELD_OUT = "submitted/data.train/prompts.txt", "submitted/data.validation/held_out.txt"
+
+
+def test_a_run_finds_the_captions_of_its_job_in_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, run, elsewhere = (tmp_path / name for name in ("package", "run", "elsewhere"))
+    elsewhere.mkdir()
+    for url in (TRAIN, HELD_OUT):
+        (package / url).parent.mkdir(parents=True)
+        (package / url).write_text(f"a circle of {url}\n")
+    also = f"data.also=[{{source: {HELD_OUT}, weight: 2}}]"
+    given = [f"data.train={TRAIN}", f"data.validation={HELD_OUT}", also]
+    monkeypatch.chdir(package)
+    config = load_recipe("tiny", given)
+    assert config.data.train == TRAIN
+    keep_captions(config.data, run)
+    keep_captions(load_recipe("tiny", ["data.train=data/train"]).data, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    recipe = run / "config.yaml"
+    recipe.write_text(config.to_yaml())
+    # The job itself, and its later attempts, read what went along with it.
+    assert load_recipe(str(recipe)).data == config.data
+    monkeypatch.chdir(elsewhere)
+    found = load_recipe(str(recipe)).data
+    assert found.train == str(run / TRAIN)
+    assert found.validation == found.also[0].source == str(run / HELD_OUT)
+    assert found.also[0].weight == 2
+    assert Path(found.train).read_text() == f"a circle of {TRAIN}\n"
+    assert load_recipe(str(recipe), ["data.train=mine.txt"]).data.train == "mine.txt"
+    (run / TRAIN).unlink()
+    assert load_recipe(str(recipe)).data.train == TRAIN
