@@ -48,6 +48,7 @@ _GCS_PROBE_EVERY_S = 3.0
 _SYSTEM_SETTINGS = {"task_events_max_num_task_in_gcs": 10_000}
 """Settings of Ray in a new cluster. Its control service remembers the last 100,000 calls by
 default, 250 MB of them, for its dashboard, which a new cluster does not have."""
+_NO_HANDLER_IN_C = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
 
@@ -213,12 +214,18 @@ def _stops_kept_back() -> Iterator[None]:
     Ray puts a handler of its own in the place of SIGTERM's, which ends the process. And a signal to
     the whole process group or job (Ctrl-C, `timeout`, `scancel`) is for this process to answer:
     Ray's must live until the state is saved. They inherit what is blocked.
+
+    Threads of libraries that were started before do not, and take the signal meanwhile. So Ray's
+    handler in C, which aborts the process, is left out here; its workers have it.
     """
     handler = signal.getsignal(signal.SIGTERM)
+    in_c = getattr(ray_constants, _NO_HANDLER_IN_C, False)
+    setattr(ray_constants, _NO_HANDLER_IN_C, True)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
     finally:
+        setattr(ray_constants, _NO_HANDLER_IN_C, in_c)
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

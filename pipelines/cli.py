@@ -25,7 +25,7 @@ from pipelines.commands import (
 )
 from pipelines.commands.failures import report_failure
 from pipelines.commands.options import PlainCommand, PlainGroup
-from pipelines.commands.stops import CommandStops, take_stops
+from pipelines.commands.stops import CommandStops, end_process, hold_standard_files, take_stops
 
 # Typer brings click along, from 0.2x on as a part of itself, so its base of wrong options has two
 # names. A closed pipe is click's to end in silence.
@@ -114,12 +114,13 @@ def options(
 
 def main() -> None:
     """Runs the command line."""
+    hold_standard_files()
     stops = take_stops()
     try:
         app(obj=stops)
     except SystemExit as end:
         stops.exit_code = end.code if isinstance(end.code, int) else 0
-        raise
+        end_process(stops.exit_code)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,8 @@ def plan_command(
     with working():
         from pipelines.planning.request import answer
 
+        if output.write is not None:
+            _require_new(output.write)
         request = arguments.request(recipe, overrides or [])
         found = answer(request)
         written = [] if output.write is None else [_write(found.config, found.plan, output.write)]
@@ -189,13 +191,18 @@ def _words(result: "Plan") -> list[str]:
     ]
 
 
-def _write(config: "DistillConfig", result: "Plan", path: Path) -> str:
-    """Writes the recipe with the best layout; returns what to do with it."""
-    from pipelines.run.folder import require_on_disk
+def _require_new(path: Path) -> None:
+    """Checks before a plan is made that its recipe can be written to a new file."""
+    from pipelines.run.folder import require_on_disk, require_output_folder
 
     require_on_disk(path, "--write")
+    require_output_folder(path, "--write", is_file=True)
     if path.exists():
         raise ConfigError("writing the planned recipe", f"{path} is there already", "a new file")
+
+
+def _write(config: "DistillConfig", result: "Plan", path: Path) -> str:
+    """Writes the recipe with the best layout; returns what to do with it."""
     from pipelines.planning.planned_recipe import planned_recipe
 
     write_text(str(path), planned_recipe(config, result).to_yaml())

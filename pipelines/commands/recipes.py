@@ -49,16 +49,16 @@ def copy_recipe(
     """Copy a recipe, to be edited."""
     from cluster.storage import write_text
     from pipelines.config.recipe_files import find_recipe, recipe_text
-    from pipelines.run.folder import require_lasting_folder, require_on_disk
+    from pipelines.run.folder import require_on_disk, require_output_folder
 
     source = find_recipe(recipe)
     target = target or Path(source.name)
+    require_on_disk(target, "the file to write")
+    require_output_folder(target, "the file to write", is_file=True)
     if target.exists():
         raise ConfigError(
             f"copying the recipe {recipe}", f"{target} is there already", "a new file"
         )
-    require_on_disk(target, "the file to write")
-    require_lasting_folder(target, "the file to write")
     write_text(str(target), recipe_text(source))
     show({"path": str(target)}, as_json, f"{target}    run it: sgmd distill {target}")
 

@@ -12,6 +12,7 @@ stop is that stop. Where a run takes the signals itself: `pipelines.run.stopping
 before all else, and imports nothing heavy.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from pipelines.run.stopping import (
     STOP_SIGNALS,
@@ -74,6 +76,20 @@ def take_stops() -> CommandStops:
     return stops
 
 
+def hold_standard_files() -> None:
+    """Opens those of standard input, output and error that the process was started without.
+
+    The next file that is opened would take their place, and what libraries print would go there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
 def _loads(frame: FrameType | None) -> bool:
     """Returns True while a module of this package imports."""
     outermost = outermost_import(frame)
@@ -81,7 +97,28 @@ def _loads(frame: FrameType | None) -> bool:
     return importer is not None and Path(importer.f_code.co_filename).parent == _COMMANDS
 
 
-def _end(code: int) -> None:
+def end_process(code: int) -> NoReturn:
+    """Ends the process once its command is done, without the end of the interpreter.
+
+    There, threads in C++ of Ray, gRPC and others may run on into what is already gone, and end a
+    command that has succeeded with a crash (SIGSEGV seen with Ray 2.60). What was registered to
+    run at the end is run.
+
+    Args:
+        code: The exit code; 1 in place of 0 if the result cannot be written.
+    """
+    atexit._run_exitfuncs()  # The one way to run them without the rest.
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # Whoever reads has enough.
+    except OSError as error:
+        say_last(f"The result cannot be written to standard output: {error}")
+        code = code or 1
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         # A pipe that nobody reads, or a stream that the signal has found in the midst of a write.
         with suppress(OSError, ValueError, RuntimeError, AttributeError):

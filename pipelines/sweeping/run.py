@@ -67,6 +67,7 @@ _MAY_CHANGE = ("concurrent_trials",)
 _RECIPE = "recipe.yaml"
 # Of what a trial imports, what does not import Ray: a second of a core in each process.
 _MODULES_OF_TRIALS = ("pipelines.distillation.run", "pandas")
+_GO_ON = "Go on with: sgmd sweep RECIPE --resume"
 
 
 def sweep(
@@ -247,7 +248,11 @@ def _sweep(
             events.note(f"sweeping {total} trials in {shared_place(folder)}")
             events.tell()
             seed_global_draws(config.seed)
-            results = _tuner(config, folder, common, pools, book.trials, events).fit()
+            try:
+                results = _tuner(config, folder, common, pools, book.trials, events).fit()
+            except KeyboardInterrupt as stop:  # Tune answers the first Ctrl-C itself.
+                stop.add_note(_GO_ON)
+                raise
         book.keep({Path(result.path).name for result in results})
     trials = book.trials
     if book.num_ended < total:
@@ -255,7 +260,7 @@ def _sweep(
             f"sweeping {config.name}",
             f"interrupted with {book.num_ended} of {total} trials ended",
             "all of them",
-            "Go on with: sgmd sweep RECIPE --resume",
+            _GO_ON,
         )
     if not any(trial.state == "done" for trial in trials):
         failures = [trial.error for trial in trials if trial.error]

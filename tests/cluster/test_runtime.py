@@ -29,7 +29,7 @@ for address in sys.argv[1:]:
 """
 
 STARTS_TWICE = """
-import os, re, sys
+import os, re, signal, sys
 from pathlib import Path
 import ray
 from cluster.runtime import start_ray
@@ -67,6 +67,9 @@ with start_ray(num_cpus=2, object_store_memory=100 * 2**20, temp_dir=sys.argv[1]
     assert asked_with(address, "wrong") == "refused"
     assert asked_with(address, os.environ["RAY_AUTH_TOKEN"]) == "open"
     assert len(ray.get(mode_and_token.remote())) == 64
+    # None of Ray's handlers in C is in place here: that of SIGTERM aborts the process.
+    caught = re.search(r"SigCgt:.(\\w+)", Path("/proc/self/status").read_text())[1]
+    assert not int(caught, 16) & 1 << signal.SIGTRAP - 1
     # The control service, two of the raylet, that worker.
     found = list(listening())
     assert len(found) > 3, found

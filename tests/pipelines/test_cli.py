@@ -176,8 +176,9 @@ class TestOddRequests:
             (("plan", "tiny", "--tflops", "-1"), "--tflops -1", "a number above 0"),
             (("plan", "tiny", "--gpu-memory", "nan"), "--gpu-memory nan", "a number above 0"),
             (("plan", "tiny", "--gpus", "100000000"), "100000000", "4096"),
-            (("recipes", "copy", "tiny", "file/x.yaml"), "file", "storage that works"),
+            (("recipes", "copy", "tiny", "file/x.yaml"), "is a file", "a folder"),
             (("recipes", "copy", "tiny", "s3://b/x.yaml"), "object store", "folder on a disk"),
+            (("plan", "tiny", "--write", "file/x.yaml"), "is a file", "a folder"),
         ],
     )
     def test_an_odd_request_says_what_is_wrong(self, arguments, found, expected, empty_folder):

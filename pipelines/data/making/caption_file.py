@@ -219,7 +219,9 @@ def no_shards(
 
 def _require_folder(url: str) -> None:
     """Refuses a local file of another kind, which would be taken for a folder and searched."""
-    if Path(url.removeprefix("file://")).is_file():
+    with data_errors(f"opening the data set {url}"):
+        is_file = Path(url.removeprefix("file://")).is_file()
+    if is_file:
         expected = f"a folder of shards, or a file that ends in {_SUFFIXES}"
         raise DataError(f"opening the data set {url}", _OTHER_FILE, expected, _PREPARE)
 

@@ -138,3 +138,38 @@ def test_where_nothing_is_left_to_clean_a_signal_ends_the_process_at_once(
     assert "result" in done.stdout
     assert "went on" not in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "said"),
+    [
+        ("", 0, ""),
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        ("| head -c 1", 0, "["),
+        (">/dev/full", 1, "No space left on device"),
+    ],
+    ids=["usual", "no output", "no streams", "a reader that has enough", "a full disk"],
+)
+def test_a_command_ends_by_its_own_code_and_runs_what_is_registered(
+    streams: str, code: int, said: str, tmp_path: Path
+):
+    ended = tmp_path / "ended"
+    program = (
+        "import atexit, json, sys, pathlib; from pipelines.cli import main; "
+        f"atexit.register(lambda: pathlib.Path({str(ended)!r}).write_text('all')); "
+        "sys.argv[1:] = ['recipes', 'list', '--json']; main()"
+    )
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f'"{sys.executable}" -c "{program}" {streams}'],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert ended.read_text() == "all"
