@@ -196,7 +196,7 @@ class CallTimeoutError(ClusterError, TimeoutError):
 
 
 class RemoteCallError(ClusterError):
-    """A rank failed with an error that cannot travel between processes, told here in words."""
+    """A rank failed with an error that cannot be pickled; its text is here."""
 
 
 class ResultLostError(ClusterError):

@@ -122,7 +122,7 @@ def read_lines(
     Args:
         path: The log; none is an empty one.
         fields: Names that every line must have, with the types of their values.
-        on_broken: Hears one sentence where lines were left out.
+        on_broken: Called with one sentence where lines were left out.
 
     Returns:
         The lines in order. A last line without its end was torn by a crash; it is left out without

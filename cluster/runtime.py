@@ -141,7 +141,7 @@ def watch_gcs(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterator[No
     to come before.
 
     Args:
-        tell: Hears one sentence, once, when the service has not answered for so long.
+        tell: Called with one sentence, once, when the service has not answered for so long.
         limit_s: Silence that is worth the sentence.
     """
     if not ray.is_initialized():

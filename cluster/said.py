@@ -4,7 +4,7 @@
                                  -> the last few, in its progress report
     controller    the watch reads the reports -> each line once
 
-The loggers of this project are heard, from WARNING on; libraries keep to the log file of the rank.
+Log lines of this project are kept, from WARNING on; libraries keep to the log file of the rank.
 """
 
 import logging
@@ -18,7 +18,7 @@ from typing import Any
 from cluster.redaction import without_secrets
 
 OWN_LOGGERS = ("cluster", "pipelines", "sgmd_core", "workers")
-"""Packages whose loggers are heard."""
+"""Packages whose log lines are kept."""
 _KEPT = 20
 _LONGEST = 500
 
@@ -71,7 +71,7 @@ class SaidHandler(logging.Handler):
         self._number = 0
 
     def listen(self) -> None:
-        """Hears the loggers of this project from here on."""
+        """Receives the log lines of this project from here on."""
         for name in OWN_LOGGERS:
             logging.getLogger(name).addHandler(self)
 
@@ -97,7 +97,7 @@ class Hearing:
 
     def __init__(self, on_said: Callable[[Said], None]) -> None:
         self._on_said = on_said
-        self._heard: dict[str, int] = {}
+        self._received: dict[str, int] = {}
 
     def hear(self, process: str, said: list[dict[str, Any]]) -> None:
         """Takes in the lines of a report.
@@ -108,6 +108,6 @@ class Hearing:
         """
         for line in said:
             one = Said(**line)
-            if one.number > self._heard.get(process, 0):
-                self._heard[process] = one.number
+            if one.number > self._received.get(process, 0):
+                self._received[process] = one.number
                 self._on_said(one)

@@ -9,7 +9,7 @@ All four are of the machine's monotonic clock, which its processes share, so tim
 compare exactly. Between machines they are put on the clock of the day by one offset a machine, read
 when the run starts: they compare as well as the clocks agree (with NTP to about a millisecond).
 
-A call is told apart by what the controller was doing when it made it, its `Label`.
+A call is identified by the controller's activity when it made it, its `Label`.
 """
 
 import os

@@ -191,7 +191,7 @@ def euler_sample(
         text: Caption of each sample.
         negative: What guidance steers away from; needed for a `guidance_scale` other than 1.
         guidance_scale: Standard form; 1 is the caption alone.
-        on_step: Told the number of steps done, after each of them.
+        on_step: Called with the number of steps done, after each of them.
         batched_guidance: See `guided_velocity`.
         guidance_norm: See `renormalized`.
         renoise: Whether the steps renoise.

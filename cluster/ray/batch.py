@@ -91,6 +91,6 @@ class HostBatch:
             answer.reference = reference
 
     def abandon(self) -> None:
-        """Forgets the calls; what they would have told the process is told it by the next one."""
+        """Forgets the calls; the next batch tells the process which results were dropped."""
         for spec in self._specs:
             self._hosts.dropped[self._index].extend(spec.drop)

@@ -59,7 +59,7 @@ class RayFuture(Future[R_co]):
         answer: Has Ray's reference, once the call is made; dropping the last future of it frees the
             value.
         ranks: (group, rank) by actor id of every actor that this result depends on, so that the
-            death of any of them can be told by name.
+            death of any of them can be named.
         owned: Where the value is if it has stayed in its process.
         sent: Has the reference for other processes, where it was sent as well.
         entry: Which of the small results of a batch it is; None: the value itself.

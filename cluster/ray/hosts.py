@@ -126,7 +126,7 @@ class Hosts:
         return self._number
 
     def take_dropped(self, rank: int) -> tuple[int, ...]:
-        """Stored results of a rank that are no longer needed; told once."""
+        """Numbers of a rank's kept results that are no longer needed; each is returned once."""
         waiting = self.dropped[rank]
         return tuple(waiting.popleft() for _ in range(len(waiting)))
 

@@ -1,4 +1,4 @@
-"""Mailbox of a process: hears what the processes that Ray has started for it have to say.
+"""Mailbox of a process: receives messages of the processes that Ray has started for it.
 
     with open_mailbox(hear) as name:    an actor beside this process
         ... post(name, letter)          in any process of the cluster
@@ -43,7 +43,7 @@ def open_mailbox(hear: Callable[[Any], None]) -> Iterator[str]:
     """Yields the name of a new mailbox; Ray must be connected.
 
     Args:
-        hear: Hears every letter, in a thread of its own; the last ones before the block is left.
+        hear: Called with every letter, in a thread of its own; with the last ones before the end.
     """
     name = f"mailbox-{secrets.token_hex(8)}"
     here = ray.get_runtime_context().get_node_id()
@@ -74,7 +74,9 @@ def _read(box: Any, hear: Callable[[Any], None], over: threading.Event) -> None:
         try:
             letters = ray.get(box.take.remote(), timeout=_ANSWER_S)
         except RayError as error:
-            _log.warning("Progress is told no longer, its mailbox is lost: %s", error)
+            _log.warning(
+                "Progress is not reported any longer, because its mailbox is lost: %s", error
+            )
             return
         for letter in letters:
             hear(letter)

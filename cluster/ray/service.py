@@ -123,7 +123,7 @@ class RoleService:
         name: Borrowers find it by this name.
         pools: One a role; each bundle is one copy.
         timeout_s: How long to wait for the resources.
-        tell: Hears one sentence when a process was lost and started anew.
+        tell: Called with one sentence when a process was lost and started anew.
     """
 
     def __init__(

@@ -115,7 +115,7 @@ class _Watch:
         self._folder = folder
         self._on_frozen = on_frozen
         self._on_machine_frozen = on_machine_frozen
-        self._heard: dict[str, tuple[ProgressReport, float]] = {}
+        self._received: dict[str, tuple[ProgressReport, float]] = {}
         self._ended: set[str] = set()
         self._broken: set[str] = set()
         """What names partners of which one has been ended."""
@@ -146,11 +146,11 @@ class _Watch:
             self._processes()
 
     def _forgive(self, seconds: float) -> None:
-        """Moves everything that was heard forward by a time in which nothing could be heard."""
+        """Moves all reports forward by a time in which none could be received."""
         now_s = time.monotonic()
-        self._heard = {
-            actor: (report, min(heard_s + seconds, now_s))
-            for actor, (report, heard_s) in self._heard.items()
+        self._received = {
+            actor: (report, min(received_s + seconds, now_s))
+            for actor, (report, received_s) in self._received.items()
         }
         self._raylets.forgive(seconds)
 
@@ -183,23 +183,23 @@ class _Watch:
                 continue
             self._hearing.hear(key, report.said)
             now_s = time.monotonic()
-            before = self._heard.get(key)
+            before = self._received.get(key)
             is_new = before is None or before[0].count != report.count
-            heard_s = now_s if is_new or before is None else before[1]
-            seen[key] = (report, heard_s)
+            received_s = now_s if is_new or before is None else before[1]
+            seen[key] = (report, received_s)
             found.append((actor, partners, key, home))
-        for key in self._heard.keys() - seen.keys():
+        for key in self._received.keys() - seen.keys():
             with suppress(Exception):
                 forget_report(key) if key not in self._ended else None
-        self._heard = seen
+        self._received = seen
         now_s = time.monotonic()
         if now_s - began_s > FRESH_S:
             # The control service stood still, and has what was reported to it only now.
             self._forgive(now_s - began_s)
         return [
-            WatchedProcess(actor, partners or key, report, now_s - heard_s, home)
+            WatchedProcess(actor, partners or key, report, now_s - received_s, home)
             for actor, partners, key, home in found
-            for report, heard_s in [self._heard[key]]
+            for report, received_s in [self._received[key]]
         ]
 
     def _judge_silent(self, one: WatchedProcess, processes: Sequence[WatchedProcess]) -> None:
@@ -287,7 +287,7 @@ class _Watch:
             return
         cause = f"its raylet was frozen (stopped) for {for_s:.0f} s"
         FROZEN_MACHINES[node] = cause
-        there = [report for report, _ in self._heard.values() if report.node == node]
+        there = [report for report, _ in self._received.values() if report.node == node]
         workers = tuple(
             f"{group} rank {rank}" for one in there for group, rank in one.workers.items()
         )

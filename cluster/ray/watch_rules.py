@@ -2,7 +2,8 @@
 
 Of ranks that run collectives among themselves, the one that has entered fewest of them is late. A
 rank that has entered more waits for it, also if the late one is between two calls. Where all have
-entered as many, they hang in the same one: the first is accused, and told to be one of several.
+entered as many, they hang in the same one: the first is accused, and the cause says that it is
+one of several.
 
 Nobody is accused of whom nothing is known. A silent process whose machine does not answer, or that
 waits in the kernel (for a file server, say), has as long as a first call.
@@ -193,5 +194,5 @@ class StoppedRaylets:
         return now_s - self._since_s.setdefault(node, now_s)
 
     def forgive(self, seconds: float) -> None:
-        """Leaves out a time in which nothing could be heard."""
+        """Leaves out a time in which no report could be received."""
         self._since_s = {node: since_s + seconds for node, since_s in self._since_s.items()}

@@ -74,7 +74,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """Shows how far each of several works is: call it with (what, done, in all).
 
     On a terminal a bar each; in a log a line each at its start and end, and every ten seconds;
-    while nothing is heard, as during the many steps of a large batch, a line every 30 seconds.
+    without any progress, as during the many steps of a large batch, a line every 30 seconds.
     """
     columns = (
         TextColumn("{task.description}"),

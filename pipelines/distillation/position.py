@@ -93,9 +93,9 @@ def resume_position(
         checked: Its networks and its data now.
         folder: The run.
         checkpoints: Its committed states.
-        say: Hears what was not checked.
+        say: Called with one sentence about each thing that was not checked.
         record: Receives an event for each checkpoint that is broken: why, and which one is taken;
-            None: `say` hears it.
+            None: `say` is called with it.
 
     Raises:
         CheckpointError: There is no run, no checkpoint of it is whole, or it was made with other

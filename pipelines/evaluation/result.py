@@ -158,7 +158,7 @@ class Evaluation(Record):
 
     @property
     def passed(self) -> bool | None:
-        """True if every criterion is met, False if one is not; None: one cannot be told."""
+        """True if every criterion is met, False if one is not; None: one cannot be decided."""
         told = [verdict.passed for verdict in self.verdicts]
         if False in told:
             return False

@@ -2,7 +2,7 @@
 
     plan -> sets of clips -> readings, measures, distances, seconds -> rows -> verdicts -> files
 
-What is compared is told in `pipelines.evaluation.plan`. Nothing here can be tuned towards a
+`pipelines.evaluation.plan` states what is compared. Nothing here can be tuned towards a
 verdict: what is measured is the same for every run.
 
 Whatever comes from the teacher is kept as numbers in the plan's cache and sampled only once. Many

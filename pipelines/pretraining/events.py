@@ -47,7 +47,7 @@ class PretrainEvents:
 
     Args:
         path: The file.
-        on_event: Hears every event.
+        on_event: Called with every event.
     """
 
     def __init__(self, path: Path, on_event: Callable[[PretrainEvent], None]) -> None:

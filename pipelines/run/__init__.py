@@ -1,1 +1,1 @@
-"""Run folder: what a run writes while it is under way, and who hears of it."""
+"""Run folder: files that a run writes while it is under way, and the observers of its progress."""

@@ -80,7 +80,7 @@ class AlarmWatch:
         self._settings = settings
         self._losses: deque[Mapping[str, float]] = deque(maxlen=settings.window)
         self._lowest_tracking = float("inf")
-        self._heard = 0
+        self._num_seen = 0
         self._sounding: set[AlarmName] = set()
 
     def iteration(self, record: IterationRecord) -> list[Alarm]:
@@ -116,7 +116,7 @@ class AlarmWatch:
 
     def _losses_of(self, updates: int, losses: Mapping[str, float]) -> list[Alarm]:
         self._losses.append(losses)
-        self._heard += 1
+        self._num_seen += 1
         if len(self._losses) < self._settings.window:
             return []
         means = {
@@ -125,7 +125,7 @@ class AlarmWatch:
             if all(name in entry for entry in self._losses)
         }
         self._lowest_tracking = min(self._lowest_tracking, means.get("tracking", float("inf")))
-        if self._heard < 2 * self._settings.window:
+        if self._num_seen < 2 * self._settings.window:
             means.pop("logit_gap", None)
         return self._sound(updates, _loss_limits(means, self._lowest_tracking, self._settings))
 

@@ -38,7 +38,7 @@ class DataLog:
 
         Args:
             iteration: The first to forget.
-            on_broken: Hears which lines were broken.
+            on_broken: Called with one sentence that names the broken lines.
         """
         for one in self._sets:
             one.ledger.rewind(iteration, on_broken)

@@ -297,7 +297,7 @@ class RunFolder:
 
         Args:
             iteration: The first of them.
-            on_broken: Hears one sentence of each log in which lines were broken.
+            on_broken: Called with one sentence of each log in which lines were broken.
         """
         # Metrics name the updates made before them, the others the updates they have seen.
         for path, first_dropped in (
@@ -354,7 +354,7 @@ def read_jsonl(path: Path, on_broken: Callable[[str], None] | None = None) -> li
 
     Args:
         path: The log.
-        on_broken: Hears one sentence where lines were left out; None: a warning is logged.
+        on_broken: Called with one sentence where lines were left out; None: a warning is logged.
 
     Raises:
         CheckpointError: A line of shards.jsonl is broken, whose lines are counted by their places.

@@ -36,7 +36,7 @@ class RunLog(RunObserver):
     Args:
         path: The file; lines are added to those of before.
         run: Name of the run.
-        warn: Hears one sentence where the file cannot be written to any more.
+        warn: Called with one sentence where the file cannot be written to any more.
     """
 
     def __init__(self, path: Path, run: str, warn: Callable[[str], None]) -> None:
@@ -166,11 +166,11 @@ class _LoggersOfThisProcess(logging.Handler):
 
 @contextmanager
 def hearing_loggers(log: RunLog, say: Callable[[str], None]) -> Iterator[None]:
-    """Hears the loggers of this project in this process.
+    """Writes the log lines of this project in this process.
 
     Args:
         log: The run's log.
-        say: Hears each line, too; it would go to standard error otherwise.
+        say: Called with each line, too; it would go to standard error otherwise.
     """
     handler = _LoggersOfThisProcess(log, say)
     loggers = [logging.getLogger(name) for name in OWN_LOGGERS]

@@ -188,7 +188,7 @@ def stop_requests(tell: Callable[[str], None], limit_s: float = 300.0) -> Iterat
     A signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
 
     Args:
-        tell: Hears one sentence when a stop is asked for while the run trains.
+        tell: Called with one sentence when a stop is asked for while the run trains.
         limit_s: How long after that an iteration is waited for.
     """
     requests = StopRequests(tell, limit_s)

@@ -123,7 +123,7 @@ class RunTrace:
         self._read_clocks([group for group in self._groups if group.name in replaced])
 
     def close(self, silent: Sequence[WorkerGroup[Any]] = ()) -> None:
-        """Hears everybody once more; call it when nothing is under way.
+        """Asks every process once more; call it when nothing is under way.
 
         Args:
             silent: Groups that would not answer.

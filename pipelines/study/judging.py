@@ -54,7 +54,7 @@ class StudyEvaluator:
     Args:
         config: The study's recipe, with what all its runs have in common.
         folder: The study's folder.
-        tell: Hears what is sampled.
+        tell: Called with what is sampled.
     """
 
     def __init__(self, config: DistillConfig, folder: Path, tell: Callable[[str], None]) -> None:

@@ -116,7 +116,7 @@ def study(
 
     Args:
         config: The recipe; its study section says what is compared.
-        tell: Hears one line about each phase.
+        tell: Called with one line about each phase.
         open_observer: Opens the observer of a run.
 
     Returns:

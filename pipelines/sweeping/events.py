@@ -15,24 +15,24 @@ from pipelines.sweeping.trial import ERROR_FILE, CommonToTrials
 from pipelines.sweeping.trials import Trial, TrialBook, settings_in_words
 
 OnProgress = Callable[[str, int, int], None]
-"""Hears what is counted, how many are done, and of how many."""
+"""Called with the thing that is counted, the number done, and the number of all."""
 OnTrials = Callable[[Sequence[Trial], int], None]
-"""Hears all trials so far, and how many there will be."""
+"""Called with all trials so far, and the number that there will be."""
 
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)(\(.*\))?(: |$)")
 _PRESENT: list["TrialEvents"] = []
 
 
 class TrialEvents(tune.Callback):
-    """Hears Tune.
+    """Receives the callbacks of Tune.
 
     Args:
         sweep: What all trials have in common.
         book: Trials and what came of them.
         total: Trials that there will be.
         observer: Receives a note when a trial ends.
-        on_progress: Hears how many have.
-        on_trials: Hears every change.
+        on_progress: Called with the number of trials that have ended.
+        on_trials: Called with every change.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Search of a space: the source of Tune's trials, and what ends them early.
 
     grid, random   every run is listed beforehand
-    tpe            Optuna proposes, and hears of each trial that ends
+    tpe            Optuna proposes, and learns from each trial that ends
     pb2            a population; settings change at validations
 
 A sweep that is taken up again has the search as Tune has kept it. Schedulers keep nothing there:

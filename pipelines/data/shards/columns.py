@@ -256,7 +256,7 @@ def column_error(
     names: ColumnNames,
     wanted: Sequence[str] = REQUIRED_COLUMNS,
 ) -> DataError:
-    """The error of a set whose columns cannot be told.
+    """The error of a set whose columns are not clear.
 
     Args:
         url: The set.

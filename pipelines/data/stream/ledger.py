@@ -75,7 +75,7 @@ class Ledger:
 
         Args:
             iteration: The first to drop.
-            on_broken: Hears which lines were broken.
+            on_broken: Called with one sentence that names the broken lines.
         """
         for path in self._paths():
             if int(path.stem) >= iteration:

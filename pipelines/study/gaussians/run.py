@@ -59,7 +59,7 @@ def gaussian_study(
 
     Args:
         config: The recipe.
-        tell: Hears one line about each cell.
+        tell: Called with one line about each cell.
         num_processes: Cells at a time; None takes the cores of this process.
 
     Raises:
