@@ -10,8 +10,9 @@ must make the same losses. Quote medians and the ratios, pair by pair.
 CPU seconds of a placement are those of this process, which calls, and of the processes of roles,
 text encoder and feed; those of Ray's own (raylet, GCS and their agents) stand beside them. Each of
 these processes also looks for signals a hundred times a second, whatever it does: what they spend
-while nothing is asked of them is measured and taken off in `busy_over_local`. On a machine with
-other work CPU seconds hold, and wall seconds do not.
+while nothing is asked of them is measured and taken off in `busy_over_local`. `threads` has those
+of the main thread and of all others, process by process. On a machine with other work CPU seconds
+hold, and wall seconds do not; all processes get the priority of this one's session.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import Any
 from uuid import uuid4
 
 from documents import write_document
-from process_tree import MARK, ProcessTree
+from process_tree import MARK, ProcessTree, thread_seconds
 
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.data.stream.batch import BatchFeed
@@ -59,6 +60,7 @@ PLACEMENTS = {
 """Placements that make the bits of one process, and their settings beside `topology.mode: map`: one
 rank a role and pool. (Copies of the teacher in mode `pools` cut each micro-batch among them.)"""
 _RAYS_OWN = "Ray's "
+_CALLER = "caller"
 _IDLE_S = 5.0
 
 
@@ -72,6 +74,7 @@ class Spent:
         ray_cpu_s: Of Ray's own processes.
         parts: Of these, by name of the process.
         losses: Of the last iteration.
+        threads: CPU seconds of the main thread of each process, and of its others, by its groups.
     """
 
     wall_s: float
@@ -79,6 +82,7 @@ class Spent:
     ray_cpu_s: float
     parts: dict[str, float]
     losses: dict[str, float]
+    threads: dict[str, tuple[float, float]]
 
 
 class Stand:
@@ -108,10 +112,18 @@ class Stand:
         ]
         self._iteration = 0
         self._processes = processes
+        self._names = {os.getpid(): _CALLER}
+        if processes is not None:
+            processes.look()
+            processes.share_priority()
+            for group in groups.all:
+                for pid in group.process_ids():
+                    others = f"{self._names[pid]} + " if pid in self._names else ""
+                    self._names[pid] = others + group.name
 
     def run(self, count: int) -> Spent:
         """Makes some iterations."""
-        others = self._others()
+        others, threads = self._others(), self._threads()
         wall, own = time.perf_counter(), time.process_time()
         losses: dict[str, float] = {}
         for _ in range(count):
@@ -125,7 +137,11 @@ class Stand:
         rays_s = sum(seconds for name, seconds in parts.items() if name.startswith(_RAYS_OWN))
         roles_s = sum(parts.values()) - rays_s
         parts = {"calls" if self._processes else LOCAL: own / count, **parts}
-        return Spent(wall / count, own / count + roles_s, rays_s, parts, losses)
+        by_thread = {
+            name: ((main - threads[name][0]) / count, (rest - threads[name][1]) / count)
+            for name, (main, rest) in self._threads().items()
+        }
+        return Spent(wall / count, own / count + roles_s, rays_s, parts, losses, by_thread)
 
     def idle_share(self) -> float:
         """CPU seconds of the started processes, without Ray's own, in a second without work."""
@@ -134,6 +150,9 @@ class Stand:
         found, took_s = self._others() - before, time.perf_counter() - began
         spent_s = sum(s for name, s in found.items() if not name.startswith(_RAYS_OWN))
         return spent_s / took_s
+
+    def _threads(self) -> dict[str, tuple[float, float]]:
+        return {name: thread_seconds(pid) for pid, name in self._names.items()}
 
     def _others(self) -> Counter[str]:
         """CPU seconds of all processes that were started for the placement."""
@@ -204,6 +223,13 @@ def _summary(pairs: Sequence[tuple[Spent, Spent]], idle: float) -> dict[str, Any
     by_part = {
         name: statistics.median(own.parts.get(name, 0.0) for own, _ in pairs) for name in parts
     }
+    threads = {
+        name: [
+            statistics.median(seconds)
+            for seconds in zip(*(own.threads[name] for own, _ in pairs), strict=True)
+        ]
+        for name in pairs[0][0].threads
+    }
     return {
         "cpu_s": statistics.median(own.cpu_s for own, _ in pairs),
         "local_cpu_s": statistics.median(one.cpu_s for _, one in pairs),
@@ -216,6 +242,7 @@ def _summary(pairs: Sequence[tuple[Spent, Spent]], idle: float) -> dict[str, Any
         "wall_s": statistics.median(own.wall_s for own, _ in pairs),
         "local_wall_s": statistics.median(one.wall_s for _, one in pairs),
         "wall_over_local": statistics.median(own.wall_s / one.wall_s for own, one in pairs),
+        "threads": threads,
         "cpu_s_by_process": dict(sorted(by_part.items(), key=lambda part: -part[1])),
     }
 

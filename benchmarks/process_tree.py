@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -63,6 +64,20 @@ class ProcessTree:
                 count += 1
         return total, count
 
+    def share_priority(self) -> None:
+        """Gives every process found the priority of this one's session (Linux).
+
+        Ray starts processes in sessions of their own, to which `/proc/self/autogroup` does not
+        reach: beside other work, what is raised would be compared with what is not.
+        """
+        own = Path("/proc/self/autogroup")
+        if not own.exists():
+            return
+        nice = own.read_text().split()[-1]
+        for process in self._found.values():
+            with suppress(OSError):
+                Path(f"/proc/{process.pid}/autogroup").write_text(nice)
+
     def end(self) -> None:
         """Ends every process found."""
         for process in self._found.values():
@@ -71,6 +86,22 @@ class ProcessTree:
             except psutil.Error:
                 continue
         psutil.wait_procs(list(self._found.values()), timeout=30)
+
+
+def thread_seconds(pid: int) -> tuple[float, float]:
+    """CPU seconds of the main thread of a process, and of all its others (Linux).
+
+    A thread that has ended counts no more.
+    """
+    main, others = 0.0, 0.0
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):
+            seconds = int((thread / "schedstat").read_text().split()[0]) / 1e9
+            if int(thread.name) == pid:
+                main += seconds
+            else:
+                others += seconds
+    return main, others
 
 
 def _name(command: list[str]) -> str:
