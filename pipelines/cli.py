@@ -25,7 +25,7 @@ from pipelines.commands import (
 )
 from pipelines.commands.failures import report_failure
 from pipelines.commands.options import PlainCommand, PlainGroup
-from pipelines.commands.stops import CommandStops, end_process, hold_standard_files, take_stops
+from pipelines.commands.stops import CommandStops, hold_standard_files, leave_process, take_stops
 
 # Typer brings click along, from 0.2x on as a part of itself, so its base of wrong options has two
 # names. A closed pipe is click's to end in silence.
@@ -120,7 +120,7 @@ def main() -> None:
         app(obj=stops)
     except SystemExit as end:
         stops.exit_code = end.code if isinstance(end.code, int) else 0
-        end_process(stops.exit_code)
+        leave_process(stops.exit_code)
 
 
 if __name__ == "__main__":

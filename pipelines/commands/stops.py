@@ -97,7 +97,7 @@ def _loads(frame: FrameType | None) -> bool:
     return importer is not None and Path(importer.f_code.co_filename).parent == _COMMANDS
 
 
-def end_process(code: int) -> NoReturn:
+def leave_process(code: int) -> NoReturn:
     """Ends the process once its command is done, without the end of the interpreter.
 
     There, threads in C++ of Ray, gRPC and others may run on into what is already gone, and end a

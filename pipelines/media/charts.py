@@ -77,7 +77,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Where the axes of a picture lie.
+    """Places of the axes in a picture.
 
     Attributes:
         width: Of the picture.
