@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipelines.config.adversary import adversary_contradictions
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
-from pipelines.config.recipe_files import find_recipe, recipe_sections
+from pipelines.config.recipe_files import find_recipe, own_home, recipe_sections
 from pipelines.config.section import Section
 from pipelines.config.shuffled import shuffling_contradictions
 from pipelines.config.study import VariantName
@@ -184,7 +184,7 @@ class GaussianStudyConfig(Section):
     @property
     def folder(self) -> Path:
         """Folder of the study; of an address, what `cluster.files.store_address` reads."""
-        return Path(self.output) / f"{self.name}-study"
+        return Path(own_home(self.output)) / f"{self.name}-study"
 
 
 def _variant_contradictions(

@@ -151,9 +151,9 @@ class DistillConfig(Section):
 
     @field_validator("output")
     @classmethod
-    def _with_both_slashes(cls, output: str) -> str:
-        # A `Path` makes s3:/bucket of an address.
-        return store_address(output) or output
+    def _as_it_is_meant(cls, output: str) -> str:
+        # A `Path` makes s3:/bucket of an address, and a folder called ~ of a home.
+        return store_address(output) or recipe_files.own_home(output)
 
     def contradictions(self) -> Iterable[str]:
         """Sentences on settings that do not fit together."""

@@ -7,6 +7,7 @@ its settings, `pipelines.config.settings_check` says.
 """
 
 import logging
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -59,6 +60,11 @@ class Recipe:
     name: str
     path: Path
     summary: str
+
+
+def own_home(path: str) -> str:
+    """A path with the home of this user in place of `~`; an unknown user's stays as it is."""
+    return os.path.expanduser(path)  # noqa: PTH111 - `Path` raises for an unknown user.
 
 
 def absolute_path(path: str) -> str:

@@ -240,8 +240,11 @@ def _problems(
 ) -> list[str]:
     key, method = _written_key([str(part) for part in detail["loc"]], methods)
     match detail["type"]:
-        case "extra_forbidden" | "unexpected_keyword_argument" if key in known:
+        case "extra_forbidden" | "unexpected_keyword_argument" if key in known and method:
             return [f"{key} is not a setting of {method}"]
+        case "extra_forbidden" | "unexpected_keyword_argument" if key in known:
+            section, _, name = key.rpartition(".")
+            return [f"{key} has dots, as on the command line; write {name} into {section}"]
         case "union_tag_invalid":
             found, expected = (detail.get("ctx", {})[name] for name in ("tag", "expected_tags"))
             return [f"{key}.method is {json.dumps(found)}, expected one of {expected}"]

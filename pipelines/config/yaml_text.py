@@ -33,6 +33,9 @@ class _CoreSchemaLoader(yaml.SafeLoader):
             raise _problem("a value that is not a section", node)
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if key_node.value == "<<":
+                words = "merge keys (<<) are not of YAML 1.2: repeat the keys, or a whole section"
+                raise _problem(f"{words} by an alias", key_node)
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _CORE + "str":
                 raise _problem(f"the key {_shown(key_node)} is not text", key_node)
             if key_node.value in seen:

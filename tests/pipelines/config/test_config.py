@@ -593,6 +593,17 @@ class TestMethods:
         text = refusal("objective.method=tsg_sim", "objective.lambda_nr=0.1")
         assert "objective.lambda_nr is not a setting of tsg_sim" in text
 
+    def test_a_key_with_dots_in_a_file_is_told_its_section(self, tmp_path):
+        recipe = tmp_path / "mine.yaml"
+        recipe.write_text("generator.optimizer.lr: 1.0e-5\n")
+        with pytest.raises(ConfigError, match=r"write lr into generator\.optimizer"):
+            load_recipe(str(recipe))
+
+    def test_an_output_below_the_home_is_not_a_folder_called_tilde(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert load_recipe("tiny", ["output=~/runs"]).run_folder == tmp_path / "runs" / "tiny"
+        assert load_recipe("tiny", ["output=~nobody-here/x"]).output == "~nobody-here/x"
+
     def test_a_wrong_value_is_named_without_the_level_that_no_recipe_has(self):
         assert "objective: fake_updates is 0" in refusal("objective.fake_updates=0")
         assert "objective is 3, expected a section" in refusal("objective=3")

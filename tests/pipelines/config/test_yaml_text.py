@@ -19,6 +19,7 @@ REFUSED = {
     "?\n: 2": "the key null is not text",
     "? [a, b]\n: 1": "the key that is a list is not text",
     "? {a: 1}\n: 1": "the key that is a section is not text",
+    "a: &a {b: 1}\nc: {<<: *a}": "line 2, column 5: merge keys (<<) are not of YAML 1.2",
     "name: a\nname: b": "line 2, column 1: the key 'name' is given twice",
     "name: !!python/object/apply:os.system [ls]": "the tag !!python/object/apply:os.system",
     "name: !!python/name:os.system ''": "the tag !!python/name:os.system",
