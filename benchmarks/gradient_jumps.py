@@ -1,4 +1,4 @@
-"""Jumps of the gradient norms that runs have recorded: does anything break up?
+"""Jumps of the gradient norms that runs have recorded, and whether anything breaks up.
 
     tar xJf docs/study-open/runs.tar.xz -C /tmp
     python benchmarks/gradient_jumps.py /tmp/open-study/*
