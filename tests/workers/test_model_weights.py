@@ -19,7 +19,7 @@ from tests.helpers.tiny_wan import write_tiny_wan
 from workers.models import content, loading
 from workers.models.content import fingerprint, model_digests, read_content
 from workers.models.wan import load_transformer, load_vae, save_generator_pipeline
-from workers.models.wan_folder import inspect_wan_folder
+from workers.models.wan_folder import check_component, inspect_wan_folder
 from workers.models.wan_text import load_text
 
 WORDS = ("a", "red", "circle")
@@ -329,3 +329,15 @@ def test_versions_of_transformers_that_lose_the_embedding_are_refused(
         return
     with pytest.raises(ModelFolderError, match=rf"transformers {installed}.*5\.3 and later"):
         load_text(model)
+
+
+def test_a_network_is_described_once_and_another_configuration_anew(model, wan_folder):
+    first = check_component(model, "transformer")
+    found = check_component(wan_folder, "transformer")
+    assert found.architecture is first.architecture
+    assert found.weights != first.weights
+    found.config["num_layers"] = 7
+    assert check_component(wan_folder, "transformer").config == first.config
+    edit_json(model / "transformer" / "config.json", num_layers=1)
+    with pytest.raises(ModelFolderError):
+        check_component(model, "transformer")

@@ -1,8 +1,11 @@
 """Build networks without weights, and compare them with the headers of their weight files."""
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +75,30 @@ def check_network(part: Path, config: Mapping[str, Any], kind: NetworkKind) -> C
         ModelFolderError: No network has this configuration, or weights are missing, torn or of
             another network; names the file.
     """
-    network = build_without_weights(part, config, kind)
-    architecture = architecture_of(network, kind)
+    written = _Written(json.dumps(config, default=repr), part, config)
+    settings, architecture = _settings_and_tensors(written, kind)
+    weights = check_weights(part, architecture)
+    return CheckedComponent(part, deepcopy(settings), architecture, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A configuration, the same as any other with its text, wherever it lies."""
+
+    text: str
+    part: Path = field(compare=False)
+    config: Mapping[str, Any] = field(compare=False)
+
+
+@lru_cache(maxsize=32)
+def _settings_and_tensors(
+    written: _Written, kind: NetworkKind
+) -> tuple[dict[str, Any], Architecture]:
+    """Describe a network once: every role of a run, and what looks at its folder, asks for it."""
+    network = build_without_weights(written.part, written.config, kind)
     own: Any = network.config
     settings = own.to_dict() if hasattr(own, "to_dict") else dict(own)
-    return CheckedComponent(part, settings, architecture, check_weights(part, architecture))
+    return settings, architecture_of(network, kind)
 
 
 def build_without_weights(part: Path, config: Mapping[str, Any], kind: NetworkKind) -> nn.Module:
