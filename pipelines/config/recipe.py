@@ -374,7 +374,13 @@ def check_sweep(config: DistillConfig, keys: Iterable[str], attempted: str) -> N
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors that complete and check YAML."""
-    return DistillConfig.model_json_schema()
+    schema = DistillConfig.model_json_schema()
+    definitions = {**schema["$defs"], DistillConfig.__name__: schema}
+    for kind in Section.kinds():
+        if definition := definitions.get(kind.__name__):
+            for name, meaning in kind.meanings().items():
+                definition["properties"][name].setdefault("description", meaning)
+    return schema
 
 
 def _changed(

@@ -701,6 +701,8 @@ class TestDerived:
         json.dumps(schema)
         assert set(schema["properties"]) == set(DistillConfig.model_fields)
         assert schema["additionalProperties"] is False
+        settings = schema["$defs"]["ValidationSettings"]["properties"]
+        assert all(one["description"] for one in settings.values())
 
 
 def shipped_path(name: str) -> Path:
