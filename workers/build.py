@@ -24,6 +24,7 @@ from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks
 from workers.adapters import add_adapters
+from workers.allocator import keep_freed_memory
 from workers.attention import require_kernel
 from workers.base_networks import joined_bases, shared_base, view_of
 from workers.clip_settings import VideoSettings
@@ -372,6 +373,7 @@ def _ready(
     denoiser = family.load_denoiser(folder, dtype, device=_device(), prepare=prepare)
     if in_fp8:
         denoiser.store_in_fp8()
+    keep_freed_memory()
     return denoiser
 
 
@@ -394,6 +396,7 @@ def _learning(
     add_adapters(network, lora, seed, role)
     prepare_network(network, compute)
     shard(network, network.trained_blocks, dtype=network.autocast_dtype)
+    keep_freed_memory()
     return network
 
 
