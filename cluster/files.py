@@ -94,6 +94,27 @@ def storage_errors(attempted: str) -> Iterator[None]:
         raise kind(attempted, found, expected, remedy) from error
 
 
+@contextmanager
+def full_disk_errors(attempted: str) -> Iterator[None]:
+    """Words what a library raises where a disk takes no more; any other error stays as it is.
+
+    Args:
+        attempted: What is being done, with the path.
+
+    Raises:
+        StoreRefusedError: The disk or a quota is full, or the disk is read-only.
+    """
+    try:
+        yield
+    except (ClusterError, ConfigError, DataError):
+        raise
+    except Exception as error:
+        if _code_of(error) not in _REMEDIES:
+            raise
+        with storage_errors(attempted):
+            raise
+
+
 def open_store(
     address: str | Path, patience: "S3Settings | None" = None
 ) -> tuple[AbstractFileSystem, str]:

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import StorageError
-from cluster.files import open_store, storage_errors, store_address, whole_folder
+from cluster.files import (
+    full_disk_errors,
+    open_store,
+    storage_errors,
+    store_address,
+    whole_folder,
+)
 from cluster.streams import write_stream
 
 _PIECE_BYTES = 4 * 2**20
@@ -36,15 +42,17 @@ def whole_folder_at(place: str | Path, last: Sequence[str] = ()) -> Iterator[Pat
         last: Names of the files without which a reader takes no folder for one.
 
     Raises:
-        StorageError: An object store does not take the files, or has kept something else.
+        StorageError: The disk is full, or an object store does not take the files, or has kept
+            something else.
     """
     address = store_address(place)
     if not address:
-        with whole_folder(place) as draft:
+        with full_disk_errors(f"writing to {place}"), whole_folder(place) as draft:
             yield draft
         return
     with tempfile.TemporaryDirectory(prefix="sgmd-") as scratch:
-        yield Path(scratch)
+        with full_disk_errors(f"writing to {scratch}, on the way to {address}"):
+            yield Path(scratch)
         with storage_errors(f"writing {address}"):
             _replace(Path(scratch), address, last)
 

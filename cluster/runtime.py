@@ -97,7 +97,7 @@ def start_ray(
     except Exception as error:  # Ray raises bare ones when a part of it does not come up in time.
         ray.shutdown()
         forks.close()
-        raise _start_error(target, error) from error
+        raise _start_error(target, error, from_environment=address is None) from error
     except BaseException as stop:
         ray.shutdown()
         forks.close()
@@ -364,7 +364,7 @@ def _is_loopback_alone(host: str, port: int) -> bool:
     return False
 
 
-def _start_error(target: str, error: Exception) -> RayStartError:
+def _start_error(target: str, error: Exception, *, from_environment: bool) -> RayStartError:
     cause = f"{type(error).__name__}: {error}"
     if target == "local":
         return RayStartError(
@@ -374,11 +374,12 @@ def _start_error(target: str, error: Exception) -> RayStartError:
             "Run `sgmd doctor` to see which is missing, or choose the local topology, which needs"
             " no Ray",
         )
+    by, leave = (" (RAY_ADDRESS)", "unset it") if from_environment else ("", "leave it out")
     return RayStartError(
-        f"connecting to the Ray cluster at {target}",
+        f"connecting to the Ray cluster at {target}{by}",
         cause,
         "a running cluster of the same Ray and Python version, and its token where it asks for one"
         " (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)",
-        "Check the address with `ray status --address`, or leave it out to start a private cluster;"
+        f"Check the address with `ray status --address`, or {leave} to start a private cluster;"
         " from outside a cluster, submit the run as a job",
     )

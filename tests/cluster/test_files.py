@@ -13,8 +13,9 @@ import fsspec
 import pytest
 
 from cluster import files
-from cluster.errors import StorageError
+from cluster.errors import StorageError, StoreRefusedError
 from cluster.files import open_store, storage_errors, whole_file, whole_folder, write_whole
+from cluster.folders import whole_folder_at
 from sgmd_core.errors import ConfigError
 
 _DIE_HALF_WAY = """
@@ -191,3 +192,21 @@ def test_every_byte_and_every_name_is_flushed_before_and_after_the_rename(tmp_pa
     with whole_file(tmp_path / "file") as path:
         path.write_text("x")
     assert flushed[-2:] == [str(path), str(tmp_path)]
+
+
+@pytest.mark.parametrize("place", ["model", "memory://full/model"])
+def test_a_disk_that_fills_while_a_library_writes_a_folder_is_told_and_nothing_is_left(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+
+    def fill(draft: Path) -> None:
+        (draft / "weights").symlink_to("/dev/full")
+        (draft / "weights").write_bytes(b"1")
+
+    told = "Expected room on the disk"
+    with pytest.raises(StoreRefusedError, match=told), whole_folder_at(place) as draft:
+        fill(draft)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="a fault of ours"), whole_folder_at(place):
+        raise TypeError("a fault of ours")

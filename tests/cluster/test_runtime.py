@@ -22,7 +22,7 @@ from cluster.errors import RayStartError
 from cluster.runtime import start_ray
 for address in sys.argv[1:]:
     try:
-        with start_ray(address):
+        with start_ray(address or None):
             sys.exit("started")
     except RayStartError as error:
         print(error)
@@ -94,10 +94,12 @@ def _run(
 
 @pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path):
-    addresses = ("127.0.0.1:9", "ray://127.0.0.1:10001", "no address")
-    result = _run(REPORTS_ERRORS, *addresses, home=tmp_path)
+    addresses = ("127.0.0.1:9", "ray://127.0.0.1:10001", "no address", "")
+    result = _run(REPORTS_ERRORS, *addresses, home=tmp_path, RAY_ADDRESS="127.0.0.1:9")
     assert result.returncode == 0, result.stderr
-    refused, client, nonsense = result.stdout.splitlines()
+    refused, client, nonsense, from_environment = result.stdout.splitlines()
+    assert "at 127.0.0.1:9 (RAY_ADDRESS)" in from_environment
+    assert "or unset it to start a private cluster" in from_environment
     assert "connecting to the Ray cluster at 127.0.0.1:9: ConnectionRefusedError" in refused
     assert "Ray Client" in client
     assert "no address" in nonsense

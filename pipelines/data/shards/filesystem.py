@@ -170,6 +170,11 @@ def _diagnoses(error: BaseException, text: str) -> Iterator[tuple[bool, str, str
         "Some S3 servers do not know the newer checksums: set AWS_REQUEST_CHECKSUM_CALCULATION and "
         "AWS_RESPONSE_CHECKSUM_VALIDATION to when_required",
     )
+    yield (
+        isinstance(error, boto.ProfileNotFound),
+        "a profile that ~/.aws/config has",
+        "Unset AWS_PROFILE, or set it to one that is there",
+    )
     # s3fs raises it without a number; a local path may have the word in its name.
     yield (
         isinstance(error, FileNotFoundError) and number is None and "bucket" in text.lower(),
