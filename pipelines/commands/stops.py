@@ -13,6 +13,7 @@ before all else, and imports nothing heavy.
 """
 
 import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -107,6 +108,9 @@ def leave_process(code: int) -> NoReturn:
     Args:
         code: The exit code; 1 in place of 0 if the result cannot be written.
     """
+    # Of a command that was broken off, they would be waited for.
+    for process in multiprocessing.active_children():
+        process.terminate()
     atexit._run_exitfuncs()  # The one way to run them without the rest.
     try:
         sys.stdout.flush()

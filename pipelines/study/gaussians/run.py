@@ -11,9 +11,11 @@ import hashlib
 import json
 import math
 import multiprocessing
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +79,13 @@ def gaussian_study(
         done = {cell: found for cell in planned if (found := _stored(config, cell)) is not None}
         missing = [cell for cell in planned if cell not in done]
         tell(f"{len(planned)} cells, {len(done)} of them made before, in {shared_place(folder)}")
-        for cell, result in _made_side_by_side(config, missing, num_processes):
-            done[cell] = result
-            write_json(str(_path(config, cell)), {**result.to_json(), "key": _key(config, cell)})
-            publish_now(folder)
-            tell(_told(len(done), len(planned), result))
+        with closing(_made_side_by_side(config, missing, num_processes)) as made:
+            for cell, result in made:
+                done[cell] = result
+                stored = {**result.to_json(), "key": _key(config, cell)}
+                write_json(str(_path(config, cell)), stored)
+                publish_now(folder)
+                tell(_told(len(done), len(planned), result))
         results = GaussianResults(config, tuple(done[cell] for cell in planned), _floors(config))
         _write(results)
     return results
@@ -117,7 +121,7 @@ def dry_run_gaussian_study(config: GaussianStudyConfig) -> dict[str, Any]:
 
 def _made_side_by_side(
     config: GaussianStudyConfig, missing: Sequence[StudyCell], num_processes: int | None
-) -> Iterator[tuple[StudyCell, CellResult]]:
+) -> Generator[tuple[StudyCell, CellResult], None, None]:
     """Makes cells in processes of one thread each, and gives each when it is done."""
     processes = min(num_processes or num_cores(), len(missing))
     if processes < 2:
@@ -126,13 +130,23 @@ def _made_side_by_side(
     # Forked from a process that has no thread and has imported this once, for all of them.
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(processes, forks, initializer=die_with_parent) as pool:
-        asked = {pool.submit(_made, config, cell): cell for cell in missing}
+    pool = ProcessPoolExecutor(processes, forks, initializer=die_with_parent)
+    try:
+        # Ctrl-C in a terminal goes to them all, and is for this process to answer.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            for future in as_completed(asked):
-                yield asked[future], future.result()
+            asked = {pool.submit(_made, config, cell): cell for cell in missing}
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for future in as_completed(asked):
+            yield asked[future], future.result()
+    except BaseException:
+        # Cells under way take minutes, and nobody waits for them any more.
+        for process in multiprocessing.active_children():
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def _made(config: GaussianStudyConfig, cell: StudyCell) -> CellResult:

@@ -33,6 +33,9 @@ LOADING = (
     "exec(compile('import signalling', here.__file__, 'exec'))"
 )
 
+# A process that the command has not ended, as where it was broken off.
+LEFT = "multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,)).start(); "
+
 
 @pytest.fixture
 def kept_signals() -> Iterator[None]:
@@ -156,7 +159,8 @@ def test_a_command_ends_by_its_own_code_and_runs_what_is_registered(
 ):
     ended = tmp_path / "ended"
     program = (
-        "import atexit, json, sys, pathlib; from pipelines.cli import main; "
+        "import atexit, json, multiprocessing, pathlib, sys, time; from pipelines.cli import main; "
+        f"{'' if streams else LEFT}"
         f"atexit.register(lambda: pathlib.Path({str(ended)!r}).write_text('all')); "
         "sys.argv[1:] = ['recipes', 'list', '--json']; main()"
     )
