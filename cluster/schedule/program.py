@@ -11,6 +11,7 @@ processes of a role, are decided here.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Self
 
@@ -90,7 +91,8 @@ class Home:
     speed: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+# Without slots: what is asked about every call of a schedule is found once.
+@dataclass(frozen=True)
 class Team:
     """The processes of one role.
 
@@ -113,7 +115,7 @@ class Team:
         """A team with one replica on each of these pools."""
         return cls(len(homes), max(home.ranks for home in homes), homes)
 
-    @property
+    @cached_property
     def ranks_by_replica(self) -> tuple[int, ...]:
         """Processes of each replica."""
         return tuple(home.ranks for home in self.homes) or (self.ranks,) * self.replicas
@@ -140,12 +142,11 @@ class Team:
 
     def first_rank(self, replica: int) -> int:
         """Rank of the first process of a replica."""
-        return sum(self.ranks_by_replica[:replica])
+        return self._first_ranks[replica]
 
     def replica_of(self, rank: int) -> int:
         """The replica that a rank belongs to."""
-        ends = accumulate(self.ranks_by_replica)
-        return next(replica for replica, end in enumerate(ends) if rank < end)
+        return self._replicas[rank]
 
     def pool_of(self, role: str, replica: int) -> str:
         """Pool of a replica; of a role with processes of its own, the role."""
@@ -157,6 +158,17 @@ class Team:
             return role, rank
         replica = self.replica_of(rank)
         return self.homes[replica].pool, rank - self.first_rank(replica)
+
+    @cached_property
+    def _first_ranks(self) -> tuple[int, ...]:
+        """Rank of the first process of each replica, and the number of processes."""
+        return tuple(accumulate(self.ranks_by_replica, initial=0))
+
+    @cached_property
+    def _replicas(self) -> tuple[int, ...]:
+        """The replica of each rank."""
+        counts = enumerate(self.ranks_by_replica)
+        return tuple(replica for replica, ranks in counts for _ in range(ranks))
 
 
 Program = Sequence[Pass | Update | WeightTransfer]

@@ -16,6 +16,7 @@ walk makes both (`fake_score.walk`).
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Self
 
 from cluster.schedule.program import Program
@@ -64,7 +65,8 @@ StageName = tuple[str, str]
 """Role and stage."""
 
 
-@dataclass(frozen=True, slots=True)
+# Without slots: the work of a stage is found once for all layouts that a search looks at.
+@dataclass(frozen=True)
 class Workload:
     """One iteration of a run, as far as it decides times and memory.
 
@@ -243,6 +245,8 @@ class Workload:
 
     def company(self, *roles: str) -> int:
         """Least number of ranks in which each of some roles has whole samples."""
+        if not self.ulysses:
+            return 1
         together = dict(self.ulysses)
         return math.lcm(*(together.get(role, 1) for role in roles))
 
@@ -348,8 +352,8 @@ class Workload:
             found[role, stage] = seconds[name] * part
         return found
 
-    @property
-    def stage_units(self) -> dict[StageName, float]:
+    @cached_property
+    def stage_units(self) -> Mapping[StageName, float]:
         """Work of one call of each stage on one sample, in forward passes of the generator."""
         return {
             (stage.role, stage.name): self._relative_cost(stage.role)

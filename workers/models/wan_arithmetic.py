@@ -19,6 +19,7 @@ The tests hold all of them against networks.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any, Self
 
@@ -28,7 +29,8 @@ _TIME_CHANNELS = 6
 """Shift, scale and gate before self-attention and before feed-forward."""
 
 
-@dataclass(frozen=True, slots=True)
+# Without slots: a search for a plan asks for its sums millions of times.
+@dataclass(frozen=True)
 class WanShape:
     """The numbers that fix a Wan denoiser.
 
@@ -82,6 +84,10 @@ class WanShape:
     @property
     def num_parameters(self) -> int:
         """Parameters, biases and norms included."""
+        return self._num_parameters
+
+    @cached_property
+    def _num_parameters(self) -> int:
         d, f = self.width, self.ffn_width
         attention = 4 * _linear(d, d) + 2 * d
         layer = 2 * attention + _linear(d, f) + _linear(f, d) + _TIME_CHANNELS * d
