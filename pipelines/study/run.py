@@ -33,6 +33,7 @@ from pipelines.run.opened_copy import copy_at, working_copy
 from pipelines.run.places import shared_place
 from pipelines.run.publisher import publish_now, published_place
 from pipelines.run.stop_rule import StopRule
+from pipelines.run.stopping import StopRequests, stop_requests
 from pipelines.study.figures import write_plots
 from pipelines.study.hypotheses import (
     Version,
@@ -207,7 +208,8 @@ def _made(
                     observer=observer,
                     stop_rule=rule,
                 )
-        points = _measure(run, study_folder, judge)
+        with stop_requests(tell) as stops, stops.ending_in(lambda: _stopped(stops, run)):
+            points = _measure(run, study_folder, judge)
         _forget_failure(folder)
     except (StopRequestedError, LeaseLostError):
         raise
@@ -222,6 +224,15 @@ def _made(
     ordered = tuple(points[iteration] for iteration in sorted(points))
     place = shared_place(run.folder)
     return RunResult(run.variant, run.seed, place, ordered, stage_seconds, iteration_s, error)
+
+
+def _stopped(stops: StopRequests, run: PlannedRun) -> StopRequestedError:
+    """The error of a study that was stopped while it measured a run."""
+    return stops.error(
+        f"measuring {run.config.name}",
+        "the run and what was measured before are kept",
+        "The same command goes on",
+    )
 
 
 def _write_failure(folder: RunFolder, study_folder: Path, failure: Exception) -> None:

@@ -4,7 +4,7 @@ Each check is listed as made here or as left to the job. A folder that only the 
 error; a relative one that does not travel is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -100,6 +100,7 @@ class Preparation:
             config = config.in_folder(Path(self._resumed(run)))
         self.checked["settings"] = "every value, and what they ask of one another"
         if run in ("", "auto"):
+            self._require_no_home(recipe, settings)
             config = config.with_settings({"output": self._output("output", config.output)})
             require_lasting_folder(config.output, "output")
         results = {"sweep": sweep_place(config), "distill": shared_place(config.run_folder)}
@@ -291,6 +292,14 @@ class Preparation:
         if lasting != path:
             self.request = self.request.with_setting(setting, lasting)
         return lasting
+
+    def _require_no_home(self, recipe: str, settings: Sequence[str]) -> None:
+        """Refuses an output in a home, in place of which the settings have that of this machine."""
+        written = recipe_sections(find_recipe(recipe), DistillConfig).get("output", "")
+        for name, _, value in (setting.partition("=") for setting in settings):
+            written = value if name.strip() == "output" else written
+        if isinstance(written, str) and written.startswith("~"):
+            self._lasting("output", written)
 
     def _lasting(self, what: str, path: str) -> str:
         """A path of results, which must not be that of the job's own package."""

@@ -23,9 +23,10 @@ from pipelines.run.observer import RunObserver
 from pipelines.run.progress import LineObserver
 from pipelines.run.records import IterationRecord
 from pipelines.run.stop_rule import StopRule
+from pipelines.study import run as study_run
 from pipelines.study.judging import StudyEvaluator
 from pipelines.study.run import dry_run_study, study
-from sgmd_core.errors import ConfigError
+from sgmd_core.errors import ConfigError, StopRequestedError
 from sgmd_core.worlds import WorldName
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT, TIMEOUT_S
@@ -173,6 +174,24 @@ def test_a_study_by_the_clock_ends_its_runs_when_their_time_is_over(
     notes: list[str] = []
     made(config, notes)
     assert not [note for note in notes if note.startswith("sampling")]
+
+
+@pytest.mark.slow
+def test_a_stop_ends_a_study_also_where_what_measures_a_run_makes_an_error_of_it(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise RuntimeError("broken off in the middle")
+
+    clock = "study.budget={unit: seconds, amount: 0.001}"
+    config = make_recipe(*STUDY, clock, *ALONE)
+    monkeypatch.setattr(study_run, "_measure", measured)
+    with pytest.raises(StopRequestedError, match="stopped by SIGTERM") as caught:
+        made(config)
+    assert caught.value.attempted.startswith("measuring")
 
 
 @pytest.mark.slow

@@ -39,7 +39,8 @@ LEFT = "multiprocessing.get_context('fork').Process(target=time.sleep, args=(600
 
 @pytest.fixture
 def kept_signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    # What runs in the background of a shell, or below `nohup`, was started to ignore some.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     yield
     sys.setprofile(None)
     for number, handler in before.items():
