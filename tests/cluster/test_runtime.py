@@ -247,7 +247,7 @@ def test_a_private_cluster_is_on_loopback_asks_for_a_token_and_leaves_no_file_wi
 
 @pytest.mark.slow
 def test_a_ray_that_cannot_start_says_why(tmp_path):
-    program = REPORTS_ERRORS.replace("start_ray(address)", "start_ray(temp_dir=address)")
+    program = REPORTS_ERRORS.replace("address or None", "temp_dir=address")
     result = _run(program, "/tmp/" + "x" * 120, home=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "While starting Ray on this machine" in result.stdout
