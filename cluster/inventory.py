@@ -41,7 +41,7 @@ def take_inventory() -> ClusterInventory:
 
 
 def num_cores() -> int:
-    """Cores that this process may use: fewer than there are, where a container says so."""
+    """Cores that this process may use: as many as `taskset` or a container's cpuset allows."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

@@ -5,6 +5,7 @@ shown of errors: `pipelines.commands.failures`.
 """
 
 import sys
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -50,7 +51,9 @@ class _TeachingGroup(PlainGroup):
             raise
         except (Exception, KeyboardInterrupt) as error:
             if ctx.params["debug"]:
-                raise
+                if not stops.received:
+                    raise
+                traceback.print_exception(error)
             command = ctx.invoked_subcommand or ""
             code = report_failure(error, command, sys.argv[1:], stops.received)
             raise typer.Exit(code) from None
@@ -119,8 +122,12 @@ def main() -> None:
     try:
         app(obj=stops)
     except SystemExit as end:
-        stops.exit_code = end.code if isinstance(end.code, int) else 0
-        leave_process(stops.exit_code)
+        words = end.code if isinstance(end.code, str) else ""
+        if words:
+            # As Python shows them, where a library ends the process with words.
+            typer.echo(words, err=True)
+        stops.exit_code = end.code if isinstance(end.code, int) else int(bool(words))
+        leave_process(stops.exit_code, is_whole=not stops.received)
 
 
 if __name__ == "__main__":

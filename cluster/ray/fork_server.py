@@ -10,9 +10,10 @@ process a rank. Here they are imported once:
           worker    runs Ray's own script of a worker; its memory is shared until it is written
 
 The server makes no tensor and starts no thread, so what it forks is as a new interpreter that has
-imported the same modules. Where it cannot help, the interpreter is started instead. A CUDA driver
-does not survive a fork: on machines with GPUs there is no server, and the interpreter is always
-started.
+imported the same modules. Threads that libraries start when they are imported (OpenBLAS, OpenCV,
+the memory allocator of Arrow) are idle when it forks. Where it cannot help, the interpreter is
+started instead. A CUDA driver does not survive a fork: on machines with GPUs there is no server,
+and the interpreter is always started.
 
 Either way a process ends with its parent, the raylet or the server, at once.
 """

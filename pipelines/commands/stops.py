@@ -7,9 +7,9 @@
     while the interpreter ends      ends the process at once: the command's exit code stands
     a second signal                 ends the process at once, without clean-up
 
-A library that is broken off may still fail in words of its own, so whatever ends a command after a
-stop is that stop. Where a run takes the signals itself: `pipelines.run.stopping`. This is loaded
-before all else, and imports nothing heavy.
+A library that is broken off may still fail in words of its own, so whatever error ends a command
+after a stop is that stop. Where a run takes the signals itself: `pipelines.run.stopping`. This is
+loaded before all else, and imports nothing heavy.
 """
 
 import atexit
@@ -98,20 +98,24 @@ def _loads(frame: FrameType | None) -> bool:
     return importer is not None and Path(importer.f_code.co_filename).parent == _COMMANDS
 
 
-def leave_process(code: int) -> NoReturn:
+def leave_process(code: int, *, is_whole: bool = True) -> NoReturn:
     """Ends the process once its command is done, without the end of the interpreter.
 
     There, threads in C++ of Ray, gRPC and others may run on into what is already gone, and end a
-    command that has succeeded with a crash (SIGSEGV seen with Ray 2.60). What was registered to
-    run at the end is run.
+    command that has succeeded with a crash (SIGSEGV seen with Ray 2.60). As at that end, threads
+    that are no daemons are waited for, and then what was registered to run at the end is run.
 
     Args:
         code: The exit code; 1 in place of 0 if the result cannot be written.
+        is_whole: False if the command was broken off: then no thread is waited for.
     """
     # Of a command that was broken off, they would be waited for.
     for process in multiprocessing.active_children():
         process.terminate()
-    atexit._run_exitfuncs()  # The one way to run them without the rest.
+    # The one way to run these two without the rest.
+    if is_whole:
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
     except BrokenPipeError:

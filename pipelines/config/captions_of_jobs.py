@@ -5,12 +5,16 @@ anywhere else       RUN/submitted/data.train/prompts.txt   is what RUN/config.ya
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from filecmp import cmp
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cluster.files import write_whole
 from pipelines.config.caption_sets import DataSettings
 from pipelines.data.making.caption_file import JOB_FOLDER
+
+MAX_CAPTION_BYTES = 32 * 2**20
+"""Size of a file of captions that goes along with a job, at most."""
 
 
 def keep_captions(data: DataSettings, run: Path) -> None:
@@ -21,7 +25,8 @@ def keep_captions(data: DataSettings, run: Path) -> None:
         run: Its folder.
     """
     for url in dict.fromkeys([data.train, data.validation, *(each.source for each in data.also)]):
-        if _went_along(url) and Path(url).is_file():
+        file = Path(url)
+        if _went_along(url) and file.is_file() and file.stat().st_size <= MAX_CAPTION_BYTES:
             write_whole(run / url, Path(url).read_bytes())
 
 
@@ -37,9 +42,13 @@ def with_captions_beside(settings: Mapping[str, Any], recipe: Path) -> dict[str,
         return dict(settings)
 
     def found(url: object) -> object:
-        if not isinstance(url, str) or not _went_along(url) or Path(url).exists():
+        if not isinstance(url, str) or not _went_along(url):
             return url
-        return str(recipe.parent / url) if (recipe.parent / url).is_file() else url
+        kept, here = recipe.parent / url, Path(url)
+        # Another job's package may have other captions of the same name.
+        if not kept.is_file() or (here.is_file() and cmp(kept, here, shallow=False)):
+            return url
+        return str(kept)
 
     return {**settings, "data": dict(_renamed(data, found))}
 

@@ -186,6 +186,7 @@ def stop_requests(tell: Callable[[str], None], limit_s: float = 300.0) -> Iterat
     """Takes the signals that ask for a stop; elsewhere than in the main thread, takes none.
 
     A signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
+    Blocks may lie in one another: the outer one remembers a stop that the inner one was asked for.
 
     Args:
         tell: Called with one sentence when a stop is asked for while the run trains.
@@ -206,6 +207,9 @@ def stop_requests(tell: Callable[[str], None], limit_s: float = 300.0) -> Iterat
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if isinstance(outer := getattr(before.get(signal.SIGTERM), "__self__", None), StopRequests):
+            # It has the signal from here on, also where the run inside has closed in spite of it.
+            outer.received = outer.received or requests.received
 
 
 def outermost_import(frame: FrameType | None) -> FrameType | None:

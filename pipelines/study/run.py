@@ -199,17 +199,20 @@ def _made(
     """A run at its end, measured; or why there is none."""
     error, folder = "", RunFolder(run.folder)
     try:
-        if not _is_finished(run):
-            rule = StopRule(run.config.iterations, run.max_seconds, judge.num_measurements)
-            with open_observer(rule, _seconds_spent(run)) as observer:
-                distill(
-                    run.config,
-                    resume=folder.config.exists(),
-                    observer=observer,
-                    stop_rule=rule,
-                )
         with stop_requests(tell) as stops, stops.ending_in(lambda: _stopped(stops, run)):
-            points = _measure(run, study_folder, judge)
+            if not _is_finished(run):
+                rule = StopRule(run.config.iterations, run.max_seconds, judge.num_measurements)
+                with open_observer(rule, _seconds_spent(run)) as observer:
+                    distill(
+                        run.config,
+                        resume=folder.config.exists(),
+                        observer=observer,
+                        stop_rule=rule,
+                    )
+            points = {} if stops.received else _measure(run, study_folder, judge)
+        if stops.received:
+            # A run that closes keeps its result, and what measures it may swallow the stop.
+            raise _stopped(stops, run)
         _forget_failure(folder)
     except (StopRequestedError, LeaseLostError):
         raise
@@ -227,10 +230,10 @@ def _made(
 
 
 def _stopped(stops: StopRequests, run: PlannedRun) -> StopRequestedError:
-    """The error of a study that was stopped while it measured a run."""
+    """The error of a study that was stopped while it made or measured a run."""
     return stops.error(
-        f"measuring {run.config.name}",
-        "the run and what was measured before are kept",
+        f"making and measuring {run.config.name}",
+        "what is saved of the run, and what was measured before, is kept",
         "The same command goes on",
     )
 

@@ -13,7 +13,9 @@ from botocore.exceptions import BotoCoreError
 
 from cluster.files import kind_of_path
 from cluster.job_files import is_ignored, stays_at_home
+from pipelines.config.captions_of_jobs import MAX_CAPTION_BYTES
 from pipelines.config.gaussian_study import GaussianStudyConfig, is_gaussian_study
+from pipelines.config.overrides import parse_override
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.config.recipe_files import (
     find_recipe,
@@ -39,8 +41,6 @@ from pipelines.sweeping.places import sweep_place
 from sgmd_core.errors import ConfigError, DataError
 from workers.models.addresses import is_address
 
-_MOST_BYTES = 2**25
-"""Largest file of captions that goes along by itself."""
 _ELSEWHERE = (BotoCoreError, PermissionError, ConnectionError, TimeoutError)
 """Failures that say more about this machine's keys and network than about the data."""
 
@@ -267,7 +267,7 @@ class Preparation:
     def _captions(self, name: str, path: str, take: Callable[[str, str], None]) -> None:
         """Sends a file of captions along; a folder has to be on the cluster."""
         file = Path(path).expanduser()
-        if "://" not in path and file.is_file() and file.stat().st_size <= _MOST_BYTES:
+        if "://" not in path and file.is_file() and file.stat().st_size <= MAX_CAPTION_BYTES:
             taken = TravellingFile(path, file.read_bytes())
             self.request, inside = self.request.with_file(taken, name.strip("-").lower())
             take(name, inside)
@@ -296,8 +296,8 @@ class Preparation:
     def _require_no_home(self, recipe: str, settings: Sequence[str]) -> None:
         """Refuses an output in a home, in place of which the settings have that of this machine."""
         written = recipe_sections(find_recipe(recipe), DistillConfig).get("output", "")
-        for name, _, value in (setting.partition("=") for setting in settings):
-            written = value if name.strip() == "output" else written
+        for given in map(parse_override, settings):
+            written = given.value if given.key == ("output",) else written
         if isinstance(written, str) and written.startswith("~"):
             self._lasting("output", written)
 

@@ -14,7 +14,7 @@ import pytest
 from cluster.lease import hold
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.run.stopping import StopNow, StopRequests
+from pipelines.run.stopping import StopNow, StopRequests, stop_requests
 from sgmd_core.errors import StopRequestedError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT
@@ -210,6 +210,15 @@ def test_what_a_library_makes_of_a_stop_is_still_the_stop(comes: signal.Signals 
             broken_off()
     assert ("stopped by SIGTERM" in str(caught.value)) == (comes is not None)
     assert stops.broke_off == (comes is not None)
+
+
+def test_what_runs_a_run_learns_of_a_stop_that_came_while_it_closed() -> None:
+    with stop_requests(print) as outer:
+        with stop_requests(print) as inner:
+            inner.end()
+            signal.raise_signal(signal.SIGTERM)
+        assert outer.received == inner.received == "SIGTERM"
+    assert not outer.broke_off
 
 
 def test_a_stop_while_a_run_closes_changes_neither_its_result_nor_its_error() -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from pipelines.run.records import IterationRecord
 from pipelines.run.stop_rule import StopRule
 from pipelines.study import run as study_run
 from pipelines.study.judging import StudyEvaluator
+from pipelines.study.measured_runs import Point
 from pipelines.study.run import dry_run_study, study
 from sgmd_core.errors import ConfigError, StopRequestedError
 from sgmd_core.worlds import WorldName
@@ -51,7 +52,7 @@ RUNS = ("ours-seed1", "theirs-seed1", "ours-seed2", "theirs-seed2")
 # Dies in the middle of the second run: its first iteration is saved, its second is not.
 KILLED = """
 import os, signal, sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pipelines.config.recipe import load_recipe
 from pipelines.run.observer import RunObserver
 from pipelines.study.run import study
@@ -177,21 +178,24 @@ def test_a_study_by_the_clock_ends_its_runs_when_their_time_is_over(
 
 
 @pytest.mark.slow
-def test_a_stop_ends_a_study_also_where_what_measures_a_run_makes_an_error_of_it(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("broken", ["distill", "_measure"])
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_stop_ends_a_study_also_where_a_library_swallows_it_or_fails_of_it(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, broken: str, swallowed: bool
 ) -> None:
-    def measured(*_: object) -> None:
-        try:
+    def broken_off(*_: object, **__: object) -> dict[int, Point]:
+        with suppress(BaseException):
             signal.raise_signal(signal.SIGTERM)
-        finally:
-            raise RuntimeError("broken off in the middle")
+        if swallowed:
+            return {}
+        raise RuntimeError("broken off in the middle")
 
     clock = "study.budget={unit: seconds, amount: 0.001}"
     config = make_recipe(*STUDY, clock, *ALONE)
-    monkeypatch.setattr(study_run, "_measure", measured)
+    monkeypatch.setattr(study_run, broken, broken_off)
     with pytest.raises(StopRequestedError, match="stopped by SIGTERM") as caught:
         made(config)
-    assert caught.value.attempted.startswith("measuring")
+    assert caught.value.attempted.startswith("making and measuring")
 
 
 @pytest.mark.slow

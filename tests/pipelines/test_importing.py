@@ -247,6 +247,12 @@ QUERY = f"{COMFYUI}blocks.0.self_attn.q"
         ({}, {"blocks.0.self_attn.q": {"format": "nvfp4"}}, "self_attn.q in the format nvfp4"),
         ({}, {"blocks.9.ffn.0": {"format": "float8_e4m3fn"}}, "blocks.9.ffn.0 with no weight"),
         ({}, {"blocks.0.ffn.0": {"format": "float8_e5m2"}}, "blocks.0.ffn.0 with F8_E4M3"),
+        (
+            {},
+            {"blocks.0.ffn.0": {"format": "float8_e4m3fn", "hadamard": 64}},
+            "blocks.0.ffn.0 with hadamard",
+        ),
+        ({f"{QUERY}.scale_weight": torch.tensor([[1.0], [float("inf")]] * 16)}, {}, "has inf"),
     ],
 )
 def test_weights_in_8_bits_that_are_not_understood_are_refused_by_name(

@@ -1,7 +1,8 @@
 """Files of weights in 8 bits, as ComfyUI keeps them, read as the numbers that they stand for.
 
     LAYER.weight                        float8 (e4m3fn or e5m2)
-    LAYER.scale_weight, .weight_scale   weight = float8 * scale; one, or one a row or block of rows
+    LAYER.scale_weight, .weight_scale   weight = float8 * scale, one of them or one per row or
+                                        block of a row
     LAYER.scale_input, .input_scale     of activations in 8 bits: no part of the weight
     scaled_fp8, LAYER.comfy_quant       which layers are kept so; newer files say it in their header
 
@@ -26,6 +27,8 @@ FLOAT8 = ("F8_E4M3", "F8_E5M2")
 """Types of 8 bits that are read, in the words of safetensors."""
 
 _FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+# The second says how a layer is multiplied, not what its numbers are.
+_KEYS_OF_FORMATS = {"format", "full_precision_matrix_mult"}
 _HEADER_KEY = "_quantization_metadata"
 _SCALE = re.compile(r"\.(scale_weight|weight_scale)$")
 _FORMAT = re.compile(r"\.comfy_quant$")
@@ -79,7 +82,8 @@ class ScaledFile:
             return weight
         scale = file.get_tensor(beside).float()
         if not (scale.isfinite() & (scale > 0)).all():
-            raise _refusal(self.path, f"{beside} has {scale.min():g}", "scales above 0")
+            wrong = scale[~(scale.isfinite() & (scale > 0))][0]
+            raise _refusal(self.path, f"{beside} has {wrong:g}", "finite scales above 0")
         if scale.numel() == 1:
             return weight * scale.reshape(())
         blocks = scale.reshape(len(weight), -1, 1)
@@ -162,6 +166,8 @@ def _require_formats(
     """Refuses a layer in a format that is not read, or whose weight is of another type."""
     for layer, stated in formats:
         kind = stated.get("format") if isinstance(stated, dict) else stated
+        if isinstance(stated, dict) and (others := stated.keys() - _KEYS_OF_FORMATS):
+            raise _refusal(path, f"{layer} with {min(others)} in its format", "a format alone")
         wanted = _FORMATS.get(str(kind))
         if wanted is None:
             raise _refusal(path, f"{layer} in the format {kind}", " or ".join(_FORMATS))

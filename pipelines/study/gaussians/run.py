@@ -127,7 +127,7 @@ def _made_side_by_side(
     if processes < 2:
         yield from ((cell, _made(config, cell)) for cell in missing)
         return
-    # Forked from a process that has no thread and has imported this once, for all of them.
+    # Forked from a process that has imported this once, for all of them, and computed nothing.
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(processes, forks, initializer=die_with_parent)

@@ -103,6 +103,20 @@ def test_what_ends_a_command_after_a_stop_is_the_stop():
     ended = CliRunner().invoke(app, command, obj=stops)
     assert ended.exit_code == 143
     assert ended.stderr == "Interrupted: sgmd plan was stopped by SIGTERM.\n"
+    with_traceback = CliRunner().invoke(app, ["--debug", *command], obj=stops)
+    assert with_traceback.exit_code == 143
+    assert "Traceback" in with_traceback.stderr
+
+
+def test_words_that_a_library_ends_the_process_with_are_shown():
+    program = (
+        "import sys; from pipelines import cli; "
+        "cli.app = lambda **_: sys.exit('no such device'); cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (1, "no such device\n")
 
 
 @pytest.mark.parametrize(
@@ -160,9 +174,12 @@ def test_a_command_ends_by_its_own_code_and_runs_what_is_registered(
 ):
     ended = tmp_path / "ended"
     program = (
-        "import atexit, json, multiprocessing, pathlib, sys, time; from pipelines.cli import main; "
+        "import atexit, json, multiprocessing, pathlib, sys, threading, time; "
+        "from pipelines.cli import main; "
         f"{'' if streams else LEFT}"
-        f"atexit.register(lambda: pathlib.Path({str(ended)!r}).write_text('all')); "
+        "slow = threading.Thread(target=lambda: time.sleep(1)); slow.start(); "
+        "over = lambda: 'a thread runs' if slow.is_alive() else 'all'; "
+        f"atexit.register(lambda: pathlib.Path({str(ended)!r}).write_text(over())); "
         "sys.argv[1:] = ['recipes', 'list', '--json']; main()"
     )
     done = subprocess.run(

@@ -30,6 +30,9 @@ def test_a_run_finds_the_captions_of_its_job_in_its_own_folder(
     recipe.write_text(config.to_yaml())
     # The job itself, and its later attempts, read what went along with it.
     assert load_recipe(str(recipe)).data == config.data
+    # In another job's package, the same name is of other captions.
+    (package / TRAIN).write_text("a square\n")
+    assert load_recipe(str(recipe)).data.train == str(run / TRAIN)
     monkeypatch.chdir(elsewhere)
     found = load_recipe(str(recipe)).data
     assert found.train == str(run / TRAIN)
