@@ -146,7 +146,7 @@ def plan_iteration(config: DistillConfig, negative: Future[Text]) -> IterationPl
     )
 
 
-def stage_seconds(config: DistillConfig) -> dict[tuple[str, str], float]:
+def stage_seconds(config: DistillConfig) -> Mapping[tuple[str, str], float]:
     """Seconds by which calls are dealt: those of the recipe, or counted network passes.
 
     Raises:
