@@ -1,6 +1,7 @@
 """An S3 file system whose requests end within a budget of time, and are reported meanwhile.
 
     list, head, put, delete    repeated by the SDK; all tries together bounded
+    list                       also asked for again while the server is busy (SlowDown)
     bytes (cat_file, open)     also asked for again where the answer breaks off
 
 So `info`, `ls`, `exists`, `open`, `cat_file` and `pipe_file` need no patience of their own.
@@ -21,6 +22,7 @@ from cluster.s3.patience import (
     ask_again,
     ask_once,
     budget_of,
+    is_busy,
     reporting,
 )
 from cluster.s3.settings import S3Settings
@@ -117,7 +119,15 @@ class PatientS3FileSystem(S3FileSystem):
         place = f"{options.get('Bucket')}/{options.get('Key') or options.get('Prefix') or ''}"
         waiting = {0: Waiting(f"waiting for the answer to {method} of {place}", budget_s)}
         async with reporting(waiting, self.patience):
-            return await ask_once(lambda: call(method, *arguments, **options), budget_s)
+            if method != "list_objects_v2":
+                return await ask_once(lambda: call(method, *arguments, **options), budget_s)
+            # What a run begins with: one that starts again meets the busy server that ended it.
+            answer, _ = await ask_again(
+                lambda: call(method, *arguments, **options), self.patience, budget_s, is_busy
+            )
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     # The one of s3fs is bound to its own method.
     call_s3 = sync_wrapper(_call_s3)

@@ -63,10 +63,24 @@ def backoff_of(tries: int, settings: S3Settings) -> float:
     return min(settings.backoff_s * 2 ** (tries - 1), _MAX_BACKOFF_S)
 
 
+def is_busy(error: Exception) -> bool:
+    """True if the server asks for fewer requests, which passes: it is there."""
+    return isinstance(error, OSError) and error.errno == errno.EBUSY
+
+
 async def ask_again(
-    request: Callable[[], Awaitable[T]], settings: S3Settings, budget_s: float
+    request: Callable[[], Awaitable[T]],
+    settings: S3Settings,
+    budget_s: float,
+    passes: Callable[[Exception], bool] | None = None,
 ) -> tuple[T | Exception, int]:
     """Repeats a request until it is answered, fails for good, or its tries or time are spent.
+
+    Args:
+        request: Asks once.
+        settings: Tries, and the pauses between them.
+        budget_s: Time of all tries together.
+        passes: True for an error after which to ask again; None: for all that are transient.
 
     Returns:
         The answer or the last error, and the number of tries.
@@ -82,7 +96,7 @@ async def ask_again(
         except Exception as found:
             is_late = isinstance(found, TimeoutError) and time.monotonic() >= end
             error = _too_late(budget_s) if is_late else found
-        if not is_transient(error) or tries == settings.read_attempts:
+        if not (passes or is_transient)(error) or tries == settings.read_attempts:
             break
         await asyncio.sleep(max(0.0, min(backoff_of(tries, settings), end - time.monotonic())))
     return error, tries

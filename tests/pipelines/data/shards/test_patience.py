@@ -55,6 +55,22 @@ def test_files_are_read_listed_and_written_whole_through_a_busy_server(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("refusals", "opens"), [(3, True), (4, False)])
+def test_a_folder_is_asked_for_again_after_the_sdk_has_given_a_busy_server_up(
+    through: Callable[..., ProxyBook], refusals: int, opens: bool
+) -> None:
+    book = through(lambda number: Trouble.SLOW_DOWN if number < refusals else Trouble.NONE)
+    impatient = S3Settings(max_attempts=1, read_attempts=4, backoff_s=0.01)
+    if opens:
+        _, root = open_folder("s3://clips/set", impatient)
+        assert root == "clips/set"
+    else:
+        with pytest.raises(DataError, match="reduce your request rate"):
+            open_folder("s3://clips/set", impatient)
+    assert book.troubles[Trouble.SLOW_DOWN] == refusals
+
+
+@pytest.mark.slow
 def test_a_server_that_accepts_and_never_answers_is_given_up_and_reported_meanwhile(
     through: Callable[..., ProxyBook], caplog: pytest.LogCaptureFixture
 ) -> None:
