@@ -78,7 +78,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return relative_error_of_all({"": found.detach()}, {"": expected.detach()})
 
 
-def require_moved(found: Tensor, without: Tensor) -> None:
+def assert_moved(found: Tensor, without: Tensor) -> None:
     assert_moves({"": found}, {"": without}, tolerance=1e-3)
 
 
@@ -150,7 +150,7 @@ class TestFunction:
 
     def test_adapters_that_are_drawn_move_the_prediction(self, folder):
         base = shared_base(folder, torch.float32, CPU)
-        require_moved(with_drawn_adapters(adapted(folder))(*inputs()), base(*inputs()))
+        assert_moved(with_drawn_adapters(adapted(folder))(*inputs()), base(*inputs()))
 
     def test_its_first_weights_are_drawn_by_seed_and_role(self, folder):
         first, again = weights(adapted(folder)), weights(adapted(folder))
@@ -289,7 +289,7 @@ class TestCrossTalk:
         roles = adapted_roles(folder)
         own = [network(*inputs()) for network in (roles.networks[changed], roles.networks[asked])]
         with_drawn_adapters(roles.networks[changed], seed=9)
-        require_moved(roles.networks[changed](*inputs()), own[0])
+        assert_moved(roles.networks[changed](*inputs()), own[0])
         assert torch.equal(roles.networks[asked](*inputs()), own[1])
 
     @pytest.mark.parametrize("first", ["generator", "fake_score"])
@@ -402,7 +402,7 @@ class TestFiles:
     def test_merged_weights_predict_as_the_adapters_do(self, folder):
         network = with_drawn_adapters(adapted(folder))
         whole = load_transformer(folder)
-        require_moved(network(*inputs()), whole(*inputs()))
+        assert_moved(network(*inputs()), whole(*inputs()))
         whole.load_state_dict(merged_weights(folder, weights_of(network), LORA))
         assert relative_error(whole(*inputs()), network(*inputs())) < 1e-5
 
@@ -453,6 +453,6 @@ class TestFiles:
         merged = merged_weights(folder, adapters, LORA)
         asked = (["a red circle"], 0, SEED, 2, 1.0)
         clip, expected = own.sample(*asked, adapters), whole.sample(*asked, merged)
-        require_moved(clip, own.sample(*asked))
+        assert_moved(clip, own.sample(*asked))
         assert relative_error(clip, expected) < 1e-4
         assert torch.equal(own.sample(*asked), whole.sample(*asked))

@@ -6,7 +6,12 @@ from math import lcm
 from pathlib import Path
 
 from sgmd_core.errors import ModelFolderError, ShapeError
-from workers.models.weights import WeightFiles, lacks_weights
+from workers.models.weights import (
+    DIFFUSERS_STEM,
+    TRANSFORMERS_STEM,
+    WeightFiles,
+    lacks_weights,
+)
 
 LatentShape = tuple[int, int, int, int]
 """Channels, frames, rows, columns of one clip's latents."""
@@ -50,6 +55,29 @@ class FolderLayout:
     def components(self) -> tuple[str, ...]:
         """Components that decide what a model makes."""
         return (*self.weights, *self.files)
+
+
+def one_denoiser_layout(pipeline_class: str, denoiser_class: str) -> FolderLayout:
+    """Layout of most text-to-video pipelines of diffusers: one denoiser, one text encoder.
+
+    Args:
+        pipeline_class: `_class_name` in model_index.json.
+        denoiser_class: `_class_name` in the denoiser's config.json.
+    """
+    return FolderLayout(
+        pipeline_class=pipeline_class,
+        denoiser_class=denoiser_class,
+        denoiser="transformer",
+        autoencoder="vae",
+        text=("text_encoder", "tokenizer"),
+        # In this order digests of whole folders were taken from the first run on.
+        weights={
+            "transformer": DIFFUSERS_STEM,
+            "text_encoder": TRANSFORMERS_STEM,
+            "vae": DIFFUSERS_STEM,
+        },
+        files=("tokenizer", "scheduler"),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,15 +30,15 @@ from workers.models.family import Denoiser, FamilyTraits
 from workers.models.folder import (
     ClipGeometry,
     EncoderSizes,
-    FolderLayout,
     ModelFolder,
+    one_denoiser_layout,
     require_autoencoder,
 )
 from workers.models.sampling import SamplingRules
 from workers.models.shape import ModelShape
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
 from workers.models.wan_arithmetic import WanShape
-from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM, lacks_weights
+from workers.models.weights import lacks_weights
 
 if TYPE_CHECKING:
     from workers.models.ltx import LtxCodec, LtxSampler
@@ -80,15 +80,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "spatio_temporal_scaling": (True, True, True, False),
     },
 }
-LAYOUT = FolderLayout(
-    pipeline_class=_PIPELINE_CLASS,
-    denoiser_class=_CLASSES[TRANSFORMER][1],
-    denoiser=TRANSFORMER,
-    autoencoder=VAE,
-    text=(TEXT_ENCODER, TOKENIZER),
-    weights={TRANSFORMER: DIFFUSERS_STEM, TEXT_ENCODER: TRANSFORMERS_STEM, VAE: DIFFUSERS_STEM},
-    files=(TOKENIZER, "scheduler"),
-)
+LAYOUT = one_denoiser_layout(_PIPELINE_CLASS, _CLASSES[TRANSFORMER][1])
 
 
 @dataclass(frozen=True, slots=True)

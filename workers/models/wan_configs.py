@@ -21,9 +21,10 @@ from workers.models.configs import (
 )
 from workers.models.folder import (
     FolderLayout,
+    one_denoiser_layout,
     require_autoencoder,
 )
-from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM, lacks_weights
+from workers.models.weights import DIFFUSERS_STEM, lacks_weights
 
 TRANSFORMER, VAE, TEXT_ENCODER = "transformer", "vae", "text_encoder"
 TOKENIZER = "tokenizer"
@@ -55,16 +56,7 @@ OTHER_PIPELINES = {
 _IMAGE_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 # Files of the original release, which is laid out in another way.
 _ORIGINAL_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
-# In this order digests of whole folders were taken from the first run on.
-LAYOUT = FolderLayout(
-    pipeline_class=_PIPELINE_CLASS,
-    denoiser_class=_CLASSES[TRANSFORMER][1],
-    denoiser=TRANSFORMER,
-    autoencoder=VAE,
-    text=(TEXT_ENCODER, TOKENIZER),
-    weights={TRANSFORMER: DIFFUSERS_STEM, TEXT_ENCODER: TRANSFORMERS_STEM, VAE: DIFFUSERS_STEM},
-    files=(TOKENIZER, "scheduler"),
-)
+LAYOUT = one_denoiser_layout(_PIPELINE_CLASS, _CLASSES[TRANSFORMER][1])
 EXPERTS_LAYOUT = replace(
     LAYOUT, experts=(LOW_NOISE,), weights={**LAYOUT.weights, LOW_NOISE: DIFFUSERS_STEM}
 )

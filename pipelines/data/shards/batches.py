@@ -8,6 +8,7 @@ no need to hold them. What is broken comes as a `Fault`, after which nothing mor
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from fsspec import AbstractFileSystem
 from pipelines.data.shards.columns import ColumnNames, map_columns
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.native import Group
-from pipelines.data.shards.parquet import RangeReader, column_chunks, read_footers
+from pipelines.data.shards.parquet import RangeFile, column_chunks, read_footers
 from pipelines.data.shards.reading import Fault, Range, fetch, words_of
 
 _BATCH_ROWS = 4096
@@ -72,7 +73,7 @@ def read_batches(
         return
     first = 0
     try:
-        source = _RangeFile(filesystem, f"{root}/{path}", size, retry)
+        source = RangeFile(size, partial(_fetched, filesystem, f"{root}/{path}", retry))
         file = _parquet_file(source, footer.metadata)
         batches = file.iter_batches(
             _num_rows(footer.metadata, index, found.sources),
@@ -95,7 +96,7 @@ def read_batches(
         yield Fault(f"corrupt row group ({words_of(error)})")
 
 
-def _parquet_file(source: "_RangeFile", metadata: pq.FileMetaData) -> pq.ParquetFile:
+def _parquet_file(source: RangeFile, metadata: pq.FileMetaData) -> pq.ParquetFile:
     """A file whose pages are checked, and read through a small buffer."""
     return pq.ParquetFile(
         source,
@@ -122,19 +123,11 @@ class _UnreadableError(Exception):
         self.fault = fault
 
 
-class _RangeFile(RangeReader):
-    """A file of which only what is asked for is read, with the patience of `fetch`."""
-
-    def __init__(
-        self, filesystem: AbstractFileSystem, path: str, size: int, retry: S3Settings
-    ) -> None:
-        super().__init__(size)
-        self._filesystem = filesystem
-        self._path = path
-        self._retry = retry
-
-    def bytes_between(self, start: int, stop: int) -> bytes:
-        (content,) = fetch(self._filesystem, [Range(self._path, start, stop)], self._retry)
-        if isinstance(content, Fault):
-            raise _UnreadableError(content)
-        return content
+def _fetched(
+    filesystem: AbstractFileSystem, path: str, retry: S3Settings, start: int, stop: int
+) -> bytes:
+    """Bytes of a file, read with the patience of `fetch`."""
+    (content,) = fetch(filesystem, [Range(path, start, stop)], retry)
+    if isinstance(content, Fault):
+        raise _UnreadableError(content)
+    return content

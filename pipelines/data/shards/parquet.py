@@ -11,10 +11,10 @@ look like broken data.
 import io
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pyarrow as pa
@@ -253,59 +253,51 @@ class _Plan:
     ranges: list[Range]
 
 
-class RangeReader(io.RawIOBase):
-    """A file for Arrow to read, whose bytes come from `bytes_between`.
+class RangeFile(io.RawIOBase):
+    """A file for Arrow to read, of which only what Arrow asks for has to be here.
 
     Args:
         size: Its size in bytes.
+        bytes_between: Returns the bytes from an offset to below another one.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, bytes_between: Callable[[int, int], bytes]) -> None:
         self._size = size
+        self._bytes_between = bytes_between
         self._at = 0
 
-    def bytes_between(self, start: int, stop: int) -> bytes:
-        """Some bytes of it."""
-        raise NotImplementedError
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As of any file."""
+        """Move to an offset from the beginning, from where it is or from the end; return it."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         self._at = base + offset
         return self._at
 
     def tell(self) -> int:
-        """As of any file."""
+        """Offset of the next byte to read."""
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """As of any file."""
+        """Read so many bytes, or all that follow; fewer at the end of the file."""
         start, stop = self._at, self._size if size < 0 else min(self._at + size, self._size)
-        content = self.bytes_between(start, stop) if start < stop else b""
+        content = self._bytes_between(start, stop) if start < stop else b""
         self._at = max(start, stop)
         return content
 
     def readable(self) -> bool:
-        """True."""
+        """True: it is open for reading."""
         return True
 
     def seekable(self) -> bool:
-        """True."""
+        """True: any offset can be read."""
         return True
 
 
-class _Parts(RangeReader):
-    """A file of which only some byte ranges are here."""
-
-    def __init__(self, parts: Sequence[tuple[int, bytes]], size: int) -> None:
-        super().__init__(size)
-        self._parts = parts
-
-    def bytes_between(self, start: int, stop: int) -> bytes:
-        for first, content in self._parts:
-            if first <= start and stop <= first + len(content):
-                return content[start - first : stop - first]
-        raise OSError(f"bytes {start} to {stop} are in no column chunk that the footer names")
+def _bytes_in(parts: Sequence[tuple[int, bytes]], start: int, stop: int) -> bytes:
+    """Bytes of a file of which only some ranges are here."""
+    for first, content in parts:
+        if first <= start and stop <= first + len(content):
+            return content[start - first : stop - first]
+    raise OSError(f"bytes {start} to {stop} are in no column chunk that the footer names")
 
 
 def _footer_bytes(tail: bytes) -> int:
@@ -325,11 +317,8 @@ class _NothingReadError(OSError):
     """A file that is never read was asked for bytes."""
 
 
-class _NoBytes(RangeReader):
-    """A file that refuses to be read."""
-
-    def bytes_between(self, start: int, stop: int) -> bytes:
-        raise _NothingReadError
+def _no_bytes(start: int, stop: int) -> bytes:
+    raise _NothingReadError
 
 
 def column_chunks(
@@ -343,7 +332,10 @@ def column_chunks(
     Raises:
         OSError, ValueError, pyarrow.ArrowException: The footer is damaged.
     """
-    file, group = open_parquet(_NoBytes(2**62), metadata=metadata), metadata.row_group(index)
+    file, group = (
+        open_parquet(RangeFile(2**62, _no_bytes), metadata=metadata),
+        metadata.row_group(index),
+    )
     for number in range(group.num_columns):
         with suppress(_NothingReadError):
             path = metadata.schema.column(number).path
@@ -382,7 +374,11 @@ def _decode(
     metadata, sources = plan.footer.metadata, plan.columns.sources
     try:
         whole = len(content) == 1 and content[0][0] == 0 and len(content[0][1]) == size
-        source = pa.BufferReader(content[0][1]) if whole else _Parts(content, size)
+        source = (
+            pa.BufferReader(content[0][1])
+            if whole
+            else RangeFile(size, partial(_bytes_in, content))
+        )
         file = open_parquet(source, metadata=metadata, page_checksum_verification=True)
         table = file.read_row_group(index, columns=sources, use_threads=False)
         return plan.columns.apply(table, path, metadata, index)

@@ -329,7 +329,7 @@ def counting_roles(config: DistillConfig) -> tuple[Roles, dict[str, CountingNetw
     return roles, networks
 
 
-def require_foretold(
+def assert_foretold(
     networks: dict[str, CountingNetwork], table: PassTable, batch_size: int
 ) -> None:
     """Every network has counted the passes of its role."""
@@ -351,7 +351,7 @@ def test_networks_that_count_find_what_was_foretold(method):
     num_iterations = 3
     for iteration in range(num_iterations):
         iterate(roles, plan, iteration, [captions] * plan.batches_per_iteration)
-    require_foretold(networks, run_passes(config, num_iterations), config.batch.size)
+    assert_foretold(networks, run_passes(config, num_iterations), config.batch.size)
 
 
 @pytest.mark.parametrize("method", ["sgmd shared", "sgmd fresh", "phased_dmd alternate", "rcm"])
@@ -365,7 +365,7 @@ def test_they_find_the_passes_of_a_measured_lag(method):
     iterate(roles, plan, 0, captions)
     assert measure_lag(roles, plan, config.lag, 1, captions)["tracking_lag"] != 0
     iterate(roles, plan, 1, captions)
-    require_foretold(networks, run_passes(config, 2), config.batch.size)
+    assert_foretold(networks, run_passes(config, 2), config.batch.size)
     costs = pass_costs(config)
     mean = total_units(expected_lag(config), costs)
     without = total_units(expected_passes(config_of(*METHODS[method])), costs)
