@@ -139,10 +139,16 @@ class TrialBook:
         """Records how a trial ended, with its error where it failed."""
         self._put(replace(self._trials[name], state=state, error=error))
 
-    def keep(self, names: Collection[str]) -> None:
-        """Forgets all other trials, which Tune had begun and does not know after a restore."""
+    def keep(self, names: Collection[str]) -> tuple[Trial, ...]:
+        """Forgets all other trials, which Tune had begun and does not know after a restore.
+
+        Returns:
+            The forgotten trials.
+        """
+        forgotten = tuple(trial for name, trial in self._trials.items() if name not in names)
         self._trials = {name: trial for name, trial in self._trials.items() if name in names}
         self.write()
+        return forgotten
 
     def _put(self, trial: Trial) -> None:
         self._trials[trial.name] = trial
