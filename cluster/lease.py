@@ -238,9 +238,9 @@ class _ObjectLease(Lease):
 
     def _is_renewed(self, found: Mapping[str, Any]) -> bool:
         """Returns True if a holder renews its lease; one elsewhere has a clock of its own."""
-        if time.time() - float(found.get("renewed", 0)) < _EXPIRY_S:
+        if _age_s(found) < _EXPIRY_S:
             return True
-        if _system() and found.get("system") == _system():
+        if _is_here(found):
             return False
         _log.warning(
             "Watching the lease on %s for %.0f s before it is taken over", self._folder, _WATCH_S
@@ -301,7 +301,8 @@ class _ObjectLease(Lease):
         return found if isinstance(found, dict) else {}
 
     def _write(self, *, is_new: bool, timeout_s: float) -> None:
-        content = json.dumps({**self._holder, "renewed": time.time()}).encode()
+        now = {"renewed": time.time(), "uptime_s": time.monotonic()}
+        content = json.dumps({**self._holder, **now}).encode()
         try:
             # Conditional where the server knows how; the read after it decides elsewhere.
             mode = "create" if is_new else "overwrite"
@@ -356,9 +357,25 @@ def _system() -> str:
         return ""
 
 
+def _is_here(found: Mapping[str, Any]) -> bool:
+    """Returns True if a holder is or was a process of this machine, since it was started."""
+    return bool(_system()) and found.get("system") == _system()
+
+
+def _age_s(found: Mapping[str, Any]) -> float:
+    """Seconds since a lease was renewed.
+
+    The clock of a machine may be set while a lease is held, so of a holder here the time since the
+    machine's start counts. A holder elsewhere may be ahead of us, or behind.
+    """
+    if _is_here(found) and "uptime_s" in found:
+        return time.monotonic() - float(found["uptime_s"])
+    return abs(time.time() - float(found.get("renewed", 0)))
+
+
 def _has_ended(found: Mapping[str, Any]) -> bool:
     """Returns True if a holder was a process of this machine that is no longer there."""
-    if not _system() or found.get("system") != _system():
+    if not _is_here(found):
         return False
     pid = found.get("pid")
     return isinstance(pid, int) and not Path(f"/proc/{pid}").exists()

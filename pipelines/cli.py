@@ -25,7 +25,7 @@ from pipelines.commands import (
     sweeping,
 )
 from pipelines.commands.failures import report_failure
-from pipelines.commands.options import PlainCommand, PlainGroup
+from pipelines.commands.options import PlainCommand, PlainGroup, RemoteCommand
 from pipelines.commands.stops import CommandStops, hold_standard_files, leave_process, take_stops
 
 # Typer brings click along, from 0.2x on as a part of itself, so its base of wrong options has two
@@ -91,7 +91,7 @@ _COMMANDS = {
     "import": exporting.import_command,
 }
 for name, command in _COMMANDS.items():
-    app.command(name, cls=PlainCommand)(command)
+    app.command(name, cls=RemoteCommand if name == "submit" else PlainCommand)(command)
 app.add_typer(recipes.app, name="recipes")
 
 

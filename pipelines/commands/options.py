@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import wraps
 from itertools import pairwise
-from typing import Annotated, Any, cast, get_type_hints
+from pathlib import PurePath
+from typing import Annotated, Any, ClassVar, cast, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -13,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from sgmd_core.errors import ConfigError
 
 _MAY_BE_EMPTY = ("--negative-prompt",)
+_NO_PATHS = ("prompt", "negative_prompt")
 LARGEST_SEED = 2**63 - 1
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -96,8 +98,12 @@ class PlainCommand(TyperCommand):
     """A command whose flags are shown without a type: they take no value.
 
     An empty argument, as an unset variable of the shell leaves it, is refused: an empty path would
-    be the present folder.
+    be the present folder. A path that begins with `~` is one in this user's home: a shell replaces
+    it alone in an argument, and leaves it in `--output=~/clips`.
     """
+
+    is_here: ClassVar[bool] = True
+    """False if paths are those of another machine, whose homes are not known."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  (typer's context)
         """Arguments as typer reads them.
@@ -122,11 +128,33 @@ class PlainCommand(TyperCommand):
         settings = [each for each in given if each and "=" in each and not each.startswith("-")]
         if len(settings) > 1:
             _require_single(settings, f"reading the settings of sgmd {self.name}")
+        if self.is_here:
+            ctx.params |= _in_home(ctx.params)
         return left
 
     def get_params(self, ctx: Any) -> list[Any]:  # noqa: ANN401  (typer's own context)
         """Parameters, `--help` included."""
         return _without_types(super().get_params(ctx))
+
+
+class RemoteCommand(PlainCommand):
+    """As `PlainCommand`, of a command for another machine."""
+
+    is_here = False
+
+
+def _in_home(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those values that are paths in a home, with this user's written out."""
+    found = {
+        name: str(value)
+        for name, value in values.items()
+        if name not in _NO_PATHS and isinstance(value, str | PurePath) and str(value)[:1] == "~"
+    }
+    if not found:
+        return {}
+    from pipelines.config.recipe_files import own_home
+
+    return {name: own_home(value) for name, value in found.items()}
 
 
 class PlainGroup(TyperGroup):

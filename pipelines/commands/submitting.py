@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from pipelines.commands import comparing, data, results, runs, sweeping
-from pipelines.commands.options import Json, PlainCommand
+from pipelines.commands.options import Json, RemoteCommand
 from pipelines.commands.output import show, working
 from sgmd_core.errors import ConfigError
 
@@ -169,7 +169,7 @@ def _requested(command: str, arguments: list[str]) -> "JobRequest":
         expected = f"one of {', '.join(COMMANDS)}"
         raise ConfigError("submitting a job", f"--command {command}", expected, "Correct it")
     app = typer.Typer()
-    app.command(command, cls=PlainCommand)(_CALLBACKS[command])
+    app.command(command, cls=RemoteCommand)(_CALLBACKS[command])
     reader = typer.main.get_command(app)
     context = reader.make_context(f"sgmd {command}", list(arguments))
     words: list[str] = []

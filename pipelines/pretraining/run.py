@@ -335,7 +335,7 @@ def _run_stage(
     if store_address(kept):
         files, kept = ray_store(kept)
     common = {"config": run.config.model_dump(mode="json"), "mailbox": run.mailbox}
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         loop,
         train_loop_config={**common, **settings},
         torch_config=TorchConfig(backend="gloo"),
@@ -355,6 +355,17 @@ def _run_stage(
         return trainer.fit()
     except WorkerGroupError as error:
         raise _own_error(error) or error from error
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer, which leaves Ctrl-C to the process that runs it."""
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        """Registers none: Ray's waits for its controller, and stays after the training has ended.
+
+        Then a Ctrl-C while the model is written and measured, or in Ray's next stage, has no
+        effect. Without it the stop ends this process's connection, and Ray ends what hangs on it.
+        """
 
 
 def _own_error(error: WorkerGroupError) -> SgmdError | None:

@@ -191,6 +191,24 @@ class TestObjectStore:
             lease.check()
             assert json.loads(store.cat_file(f"/set/{LEASE_OBJECT}"))["token"] != "x"
 
+    @pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
+    def test_a_clock_that_jumps_takes_no_lease_from_a_holder_here(
+        self, folder, monkeypatch, jump_s
+    ):
+        with hold(folder, "steady") as lease:
+            now_s = time.time
+            monkeypatch.setattr(time, "time", lambda: now_s() + jump_s)
+            with pytest.raises(LeaseError, match="steady"), hold(folder, "next"):
+                pass
+            lease.check()
+
+    def test_a_holder_elsewhere_whose_clock_was_ahead_is_followed(self, folder, monkeypatch):
+        monkeypatch.setattr(leases, "_WATCH_S", 0.2)
+        left = {"token": "x", "renewed": time.time() + 3600, "system": "another machine"}
+        fsspec.filesystem("memory").pipe_file(f"/set/{LEASE_OBJECT}", json.dumps(left).encode())
+        with hold(folder, "next") as lease:
+            lease.check()
+
     def test_a_lease_is_renewed_again_after_an_outage_longer_than_its_expiry(
         self, folder, monkeypatch
     ):

@@ -1,12 +1,14 @@
-"""Options of a command that are taken as records."""
+"""Options of a command: taken as records, and paths in a home."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
-from pipelines.commands.options import OptionGroup, PlainCommand, expand_groups
+from pipelines.commands.options import OptionGroup, PlainCommand, RemoteCommand, expand_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +47,31 @@ def test_a_group_stands_as_its_options_in_its_place_and_is_taken_whole():
     assert CliRunner().invoke(app, ["there"]).exit_code == 2
     assert CliRunner().invoke(app, ["there", "--name", "a", "--height", "0"]).exit_code == 2
     assert len(taken) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (PlainCommand, ("/home/me/set", "/home/me", "/home/me/clips", "~/ is a home")),
+        (RemoteCommand, ("~/set", "~", "~/clips", "~/ is a home")),
+    ],
+)
+def test_a_path_in_a_home_is_that_of_this_user_wherever_it_stands_and_words_are_words(
+    monkeypatch: pytest.MonkeyPatch, kind: type[PlainCommand], expected: tuple[str, ...]
+):
+    monkeypatch.setenv("HOME", "/home/me")
+    taken: list[str] = []
+
+    def command(
+        target: Annotated[str, typer.Argument()],
+        cache: Annotated[Path, typer.Option()] = Path("x"),
+        output: Annotated[Path | None, typer.Option()] = None,
+        prompt: Annotated[str, typer.Option()] = "",
+    ) -> None:
+        taken.extend(map(str, (target, cache, output, prompt)))
+
+    app = typer.Typer()
+    app.command("make", cls=kind)(command)
+    words = ["~/set", "--cache", "~", "--output=~/clips", "--prompt", "~/ is a home"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert tuple(taken) == expected

@@ -489,7 +489,9 @@ def test_two_workers_train_one_is_killed_and_the_run_ends_in_a_loadable_pipeline
         return open_clips(folder, *settings)
 
     monkeypatch.setattr("pipelines.pretraining.run.open_clips", count)
+    answers = signal.getsignal(signal.SIGINT)
     result = pretrain(checked(config), kill_once)
+    assert signal.getsignal(signal.SIGINT) is answers, "Ctrl-C stays this process's to answer"
     assert opened == ["train", "held_out"], "each set is looked over once"
     starts = [event.note for event in heard if " starts at step " in event.note]
     assert [note.split(" in ")[0] for note in starts[:2]] == [
