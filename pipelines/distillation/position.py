@@ -20,6 +20,7 @@ from pipelines.distillation.preflight import Preflight
 from pipelines.distillation.training_sets import training_sets
 from pipelines.run.differences import format_value, value_differences
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.places import shared_place
 from pipelines.run.records import RunEvent
 from sgmd_core.errors import CheckpointError
 from workers.models.text_makers import text_maker
@@ -98,8 +99,9 @@ def resume_position(
             None: `say` is called with it.
 
     Raises:
-        CheckpointError: There is no run, no checkpoint of it is whole, or it was made with other
-            settings, another model or other data; names every difference with both values.
+        CheckpointError: There is no run, no checkpoint of it is whole, all are gone of one that has
+            ended, or it was made with other settings, another model or other data; names every
+            difference with both values.
         DataError: The server of the data failed.
     """
     folder.require()
@@ -133,7 +135,34 @@ def resume_position(
             "one checkpoint that is whole",
             "Restore one from a copy, or start a new run under another name",
         )
+    if folder.summary.exists():
+        raise CheckpointError(
+            f"resuming {folder}",
+            f"no checkpoint in {shared_place(folder.checkpoints)}, and a summary.json, which says "
+            "that the run has come to its end and saved its state",
+            "the checkpoints that it has written",
+            "Bring them back. Or start a new run under another name, from the weights of this one "
+            f"if you like: model.folder={folder}/generator",
+        )
     return Position()
+
+
+def warn_of_gaps(folder: RunFolder, iteration: int, say: Callable[[str], None]) -> None:
+    """Says of which iterations before a position the run's log has no line.
+
+    Args:
+        folder: The run.
+        iteration: Iterations that its state has behind it.
+        say: Called with one sentence, if some are missing.
+    """
+    logged = {line["iteration"] for line in read_jsonl(folder.metrics)}
+    missing = [number for number in range(iteration) if number not in logged]
+    if missing:
+        say(
+            f"{folder.metrics} has no line of {len(missing)} of the {iteration} iterations before "
+            f"(the first is {missing[0]}): curves and sums are without them, and so are the norms "
+            "that guards.spike_factor compares with"
+        )
 
 
 def _set_aside(

@@ -16,7 +16,13 @@ from cluster.errors import LOST, ClusterError, StartTimeoutError
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.endings import stopped_early
 from pipelines.distillation.groups import open_groups
-from pipelines.distillation.position import Position, begin, resume_position, with_draws_of
+from pipelines.distillation.position import (
+    Position,
+    begin,
+    resume_position,
+    warn_of_gaps,
+    with_draws_of,
+)
 from pipelines.distillation.preflight import Preflight, run_preflight
 from pipelines.distillation.readiness import check_machine
 from pipelines.distillation.replanning import fitting_topology, topology_in_words
@@ -314,6 +320,7 @@ def _take_up(
 
     start = resume_position(config, job.checked, folder, checkpoints, warn, tell)
     folder.rewind(start.iteration, warn)
+    warn_of_gaps(folder, start.iteration, warn)
     DataLog(folder, len(training_sets(config))).rewind(start.iteration, warn)
     tell(
         RunEvent(

@@ -155,6 +155,20 @@ def test_without_a_whole_checkpoint_nothing_is_thrown_away(
     assert len(read_jsonl(RunFolder(tmp_path / "run").metrics)) == 3
 
 
+@pytest.mark.parametrize("left", ["checkpoints", "nothing"])
+def test_a_run_at_its_end_whose_checkpoints_are_gone_does_not_start_again(
+    stopped: DistillConfig, tmp_path: Path, left: str
+) -> None:
+    def damage(run: RunFolder) -> None:
+        shutil.rmtree(run.checkpoints)
+        if left == "checkpoints":
+            run.checkpoints.mkdir()
+
+    with pytest.raises(CheckpointError, match=r"has come to its end.*Bring them back"):
+        resumed(stopped, tmp_path / "run", damage)
+    assert len(read_jsonl(RunFolder(tmp_path / "run").metrics)) == 3
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_an_older_version_is_loaded_with_a_note(
     stopped: DistillConfig, whole: DistillConfig, tmp_path: Path
@@ -189,8 +203,10 @@ def test_a_broken_line_of_a_log_is_named_and_the_run_goes_on(
         run.summary.write_bytes(broken)
 
     run, heard = resumed(stopped, tmp_path / "run", damage)
-    told = sorted(text.partition(": ")[2].partition(":")[0] for text in heard.warnings)
-    assert told == [
+    (gap,) = [text for text in heard.warnings if "no line of 1 of the 3 iterations" in text]
+    assert "the first is 1" in gap
+    others = [text for text in heard.warnings if text != gap]
+    assert sorted(text.partition(": ")[2].partition(":")[0] for text in others) == [
         "1 broken line(s) left out (line 1",
         "1 broken line(s) left out (line 2",
         "1 broken line(s) left out (line 2",
