@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,8 @@ from tests.helpers.forked_python import (
     processes_below,
     starting_forks,
 )
+from tests.helpers.machines import ROOT, why_no_machines
+from tests.helpers.namespaces import python_of
 
 LOADED = "import sys; print('torch' in sys.modules)"
 WAITING = """
@@ -196,3 +199,57 @@ def test_a_worker_of_a_job_is_forked_in_the_folder_of_its_files(tmp_path: Path):
         "--language=PYTHON",
     )
     assert told == f"True\n{folder} x ['--number=1']\n"
+
+
+@pytest.fixture
+def network() -> Iterator[str]:
+    if why := why_no_machines():
+        pytest.skip(why)
+    name = f"sgmd-{os.getpid()}-one"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    yield name
+    subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+ON_A_MACHINE = """
+import os, pathlib, subprocess, sys, time
+def told():
+    return "torch" in sys.modules, os.stat("/proc/self/ns/net").st_ino, os.readlink("/proc/self")
+if __name__ == "__main__":
+    print(*told(), sep="\\n")
+    pathlib.Path("{disk}", "written").touch()
+    again = [sys.executable, "-c", "import sys, time; print('torch' in sys.modules, flush=True)"]
+    print(subprocess.run(again, stdout=subprocess.PIPE, text=True).stdout, end="", flush=True)
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    {end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("sys.exit(7)", 7), ("os.kill(os.getppid(), 9); time.sleep(60)", 1)]
+)
+def test_what_a_machine_starts_is_forked_in_its_namespaces_and_ends_with_it(
+    network: str, tmp_path: Path, end: str, code: int
+) -> None:
+    files, disk = tmp_path / "files", tmp_path / "disk"
+    files.mkdir()
+    disk.mkdir()
+    command = [python_of(disk), "-c", ON_A_MACHINE.format(disk=disk, end=end)]
+    apart = [forked_python(), "-m", "tests.helpers.namespaces", PYTHON]
+    machine = subprocess.run(
+        [*apart, network, files, disk, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert machine.returncode == code
+    loaded, space, pid, also_loaded = machine.stdout.split()
+    assert (loaded, also_loaded) == ("True", "True")
+    assert int(space) == Path("/run/netns", network).stat().st_ino
+    assert int(pid) < 50
+    assert (files / "written").is_file()
+    assert not (disk / "written").exists()
+    left = subprocess.run(["ip", "netns", "pids", network], capture_output=True, check=True)
+    assert not left.stdout

@@ -95,21 +95,8 @@ def forked_python() -> str:
     if shared := os.environ.get(_SHARED):
         return shared
     folder = tempfile.TemporaryDirectory(prefix="py-", dir="/tmp", ignore_cleanup_errors=True)
-    address, executable = Path(folder.name, "socket"), Path(folder.name, "python")
-    # Without a shell, which would change the environment.
-    executable.write_text(f"#!{PYTHON} -IS\n{_CLIENT.read_text()}")
-    executable.chmod(0o700)
-    # Programs are looked for beside the interpreter.
-    for program in Path(PYTHON).parent.iterdir():
-        beside = Path(folder.name, program.name)
-        if module := _COMMANDS.get(program.name):
-            beside.write_text(f'#!/bin/sh\nexec {executable} -m {module} "$@"\n')
-            beside.chmod(0o700)
-        elif not program.name.startswith("python"):
-            beside.symlink_to(program)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(address))
-        listener.listen(128)
+    executable = Path(folder.name, "python")
+    with listener_for(executable) as listener:
         environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
         environment[_NO_BARS] = "1"
         server = subprocess.Popen(
@@ -133,6 +120,28 @@ def forked_python() -> str:
 
     atexit.register(end)
     return str(executable)
+
+
+def listener_for(executable: Path, interpreter: str = PYTHON) -> socket.socket:
+    """Writes an executable that stands for an interpreter; its requests come to what is returned.
+
+    Where this process was forked, `PYTHON` is no interpreter.
+    """
+    # Without a shell, which would change the environment.
+    executable.write_text(f"#!{interpreter} -IS\n{_CLIENT.read_text()}")
+    executable.chmod(0o700)
+    # Programs are looked for beside the interpreter.
+    for program in Path(interpreter).parent.iterdir():
+        beside = executable.with_name(program.name)
+        if module := _COMMANDS.get(program.name):
+            beside.write_text(f'#!/bin/sh\nexec {executable} -m {module} "$@"\n')
+            beside.chmod(0o700)
+        elif not program.name.startswith("python"):
+            beside.symlink_to(program)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(executable.with_name("socket")))
+    listener.listen(128)
+    return listener
 
 
 def share_forked_python() -> None:
@@ -352,6 +361,8 @@ def _become(request: dict[str, Any], executable: str) -> None:
         for name in [name for name in main if not name.startswith("__")]:
             del main[name]
         main.pop("__file__", None)
+        # A server in a module of its own has these, and what `multiprocessing` starts reads them.
+        main |= {"__spec__": None, "__package__": None}
         exec(compile(rest[0], "<string>", "exec"), main)
     else:
         sys.argv = [how, *rest]
@@ -371,7 +382,8 @@ def _take_files(numbers: list[int], received: list[int]) -> None:
         os.close(file)
 
 
-def _run(listener: socket.socket, executable: str) -> None:
+def serve_forks(listener: socket.socket, executable: str) -> None:
+    """Forks for every request until standard input ends; returns when a fork has done its part."""
     import gc
 
     # Some libraries set variables.
@@ -396,4 +408,4 @@ if __name__ == "__main__":
     # Where this script lies is no place to import from.
     sys.path.pop(0)
     sys.path.insert(0, "")
-    _run(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
+    serve_forks(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])

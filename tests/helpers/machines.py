@@ -7,8 +7,8 @@
 Every machine is a raylet in namespaces of network, processes and mounts: `disk` is one path, behind
 which each has a folder of its own, with Ray's files, caches and whatever a program writes there.
 All else of the file system is shared, as an image would be. The tests' process is a laptop beside
-the cluster: it reaches the dashboard, and has no disk of a machine. What is forked off a server
-would be outside the namespaces, so the interpreter itself starts every process of a machine.
+the cluster: it reaches the dashboard, and has no disk of a machine. A machine is forked off the
+server of libraries and goes into its namespaces before it starts anything (`namespaces.py`).
 """
 
 import os
@@ -23,8 +23,10 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from tests.helpers.forked_python import PYTHON
+from tests.helpers.forked_python import PYTHON, forked_python
+from tests.helpers.namespaces import python_of
 
+ROOT = Path(__file__).parents[2]
 PORT, DASHBOARD = 6379, 8265
 _START_S = 180.0
 _HEALTH = '{"health_check_period_ms": 1000, "health_check_failure_threshold": 3}'
@@ -109,10 +111,11 @@ class Machines:
         is_head, self._count = self._count == 1, self._count + 1
         address = f"{self._net}.{self._count}"
         space = self._connect(name, address)
+        python = python_of(self.disk)
         role = ["--head", f"--port={PORT}", f"--system-config={_HEALTH}"]
         role += ["--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD}"]
         command = [
-            *(PYTHON, "-m", "ray.scripts.scripts", "start", "--block"),
+            *(str(python), "-m", "ray.scripts.scripts", "start", "--block"),
             *(role if is_head else [f"--address={self.gcs}"]),
             *(f"--node-ip-address={address}", f"--num-cpus={cpus}", "--num-gpus=0"),
             f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}",
@@ -120,16 +123,16 @@ class Machines:
             *((f"--temp-dir={self.disk / 'ray'}",) if is_head else ()),
         ]
         self.files(name).mkdir()
-        mounted = f'mount --bind "{self.files(name)}" "{self.disk}" && exec "$@"'
-        apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        inside = [*apart, "sh", "-c", mounted, "sh", *command]
+        apart = [forked_python(), "-m", "tests.helpers.namespaces", PYTHON]
+        inside = [space, str(self.files(name)), str(self.disk), *command]
         environment = {**os.environ, **self.environment, **variables}
         environment |= {"XDG_CACHE_HOME": str(self.disk / "cache")}
-        environment |= {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
+        environment |= {"PATH": f"{python.parent}:{os.environ['PATH']}"}
         environment.pop("RAY_ADDRESS", None)
         with (self._root / f"{name}.log").open("w") as log:
             raylet = subprocess.Popen(
-                ["ip", "netns", "exec", space, *inside],
+                [*apart, *inside],
+                cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
