@@ -87,9 +87,7 @@ def _sections(
     properties: Mapping[str, Any], schema: Mapping[str, Any], prefix: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(dotted key, definition) of each section, those within a section after it."""
-    from pipelines.config.recipe import json_schema
-
-    definitions = json_schema()["$defs"]
+    definitions = schema["$defs"]
     for name, one in properties.items():
         names = re.findall(r"#/\$defs/(\w+)", str(one))
         for found in dict.fromkeys(names):

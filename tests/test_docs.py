@@ -13,6 +13,7 @@ from pipelines.config.digest import MAY_CHANGE
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.settings_check import known_keys
 from pipelines.pretraining.config import PretrainConfig
+from tests.helpers.forked_python import forked_python
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +27,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_generated_pages_are_those_of_the_code():
-    done = run(sys.executable, "docs/make_reference.py", "--check")
+    done = run(forked_python(), "docs/make_reference.py", "--check")
     assert done.returncode == 0, done.stderr
 
 
