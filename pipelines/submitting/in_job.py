@@ -38,6 +38,7 @@ class Attempts:
         self._retries = retries
         self._pause_s = pause_s
         self._stop = threading.Event()
+        self._received = 0
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
@@ -59,10 +60,14 @@ class Attempts:
 
     def _run_once(self, argv: Sequence[str]) -> int:
         with subprocess.Popen(_sgmd(argv)) as self._process:
+            if self._received:
+                # It came before there was a process to hand it to.
+                self._process.send_signal(self._received)
             return self._process.wait()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """Hands a signal on; a run that gets it from elsewhere as well counts it once."""
+        self._received = number
         self._stop.set()
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)

@@ -40,6 +40,7 @@ from pipelines.run.opened_copy import hold_place, working_copy
 from pipelines.run.places import local_of, shared_place
 from pipelines.run.publisher import publish_now, publishing
 from pipelines.run.ray_store import ray_store
+from pipelines.run.stopping import answers_kept
 from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
 from pipelines.sweeping.page import write_sweep_page
@@ -249,7 +250,8 @@ def _sweep(
             events.tell()
             seed_global_draws(config.seed)
             try:
-                results = _tuner(config, folder, common, pools, book.trials, events).fit()
+                with answers_kept():
+                    results = _tuner(config, folder, common, pools, book.trials, events).fit()
             except KeyboardInterrupt as stop:  # Tune answers the first Ctrl-C itself.
                 stop.add_note(_GO_ON)
                 raise

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from pipelines.cli import app
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.stopping import STOP_SIGNALS
 from pipelines.sweeping.run import sweep
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
@@ -60,7 +62,9 @@ def test_a_sweep_tries_every_combination_and_writes_the_best(
 ) -> None:
     config = make_recipe(*GRID)
     heard: list[tuple[str, int, int]] = []
+    answers = [signal.getsignal(number) for number in STOP_SIGNALS]
     result = sweep(config, on_progress=lambda *counted: heard.append(counted))
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == answers
     assert list(dict.fromkeys(heard)) == [("trials", done, 4) for done in range(5)]
     tried = {
         (t.settings["objective.lambda_nr"], t.settings["objective.lambda_rc"])

@@ -1,14 +1,17 @@
 """Requests of jobs, checked where they are made: what goes along, what is refused, what is left."""
 
+import os
+import signal
 from pathlib import PurePosixPath
 
 import pytest
 
 from cluster.job_files import is_ignored
 from pipelines.config.model_folders import PROJECT_ROOT
+from pipelines.run.stopping import STOP_SIGNALS
 from pipelines.shapes import ClipSplit, write_shards
 from pipelines.submitting.checks import Preparation
-from pipelines.submitting.in_job import resumed
+from pipelines.submitting.in_job import Attempts, resumed
 from pipelines.submitting.job import package
 from pipelines.submitting.request import JobRequest
 from sgmd_core.errors import ConfigError, DataError
@@ -185,3 +188,18 @@ def test_a_command_that_failed_goes_on_where_it_was():
     assert resumed(["distill", "tiny", "--resume=/x"]) == ["distill", "tiny", "--resume=/x"]
     assert resumed(["study", "tiny"]) == ["study", "tiny"]
     assert resumed(["sweep", "tiny"]) == ["sweep", "tiny", "--resume-auto"]
+
+
+def test_a_stop_that_comes_before_the_command_has_started_ends_it_and_none_follows():
+    answers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    class StoppedEarly(Attempts):
+        def _run_once(self, argv):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super()._run_once(argv)
+
+    try:
+        assert StoppedEarly(["--version"], retries=3, pause_s=60.0).run() == 128 + signal.SIGTERM
+    finally:
+        for number, answer in answers.items():
+            signal.signal(number, answer)
