@@ -1,7 +1,8 @@
 """Public interface of sgmd: Score Gradient Matching Distillation on Ray.
 
     mathematics   SgmdObjective and the other methods, the protocols that a method implements,
-                  FlowMatchSchedule, rollout, euler_sample
+                  FlowMatchSchedule, RandomSteps, rollout, euler_sample
+    formulas      matching_direction and the other pure functions that the methods are made of
     records       NoisedBatch, GeneratorSignal, Loss, MicroBatchKey
     worlds        GaussianVelocity, a teacher whose scores are exact
     models        ModelFamily, Denoiser, family_of
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from sgmd_core.errors import SgmdError as SgmdError
     from sgmd_core.errors import ShapeError as ShapeError
     from sgmd_core.errors import StaleCallError as StaleCallError
+    from sgmd_core.interval import interval_state as interval_state
+    from sgmd_core.interval import interval_velocity as interval_velocity
     from sgmd_core.objectives import AdversarialObjective as AdversarialObjective
     from sgmd_core.objectives import GradientPath as GradientPath
     from sgmd_core.objectives import LookingObjective as LookingObjective
@@ -51,7 +54,12 @@ if TYPE_CHECKING:
     from sgmd_core.objectives.cdm import CdmObjective as CdmObjective
     from sgmd_core.objectives.consistency import ConsistencyTerm as ConsistencyTerm
     from sgmd_core.objectives.consistency import ConsistentObjective as ConsistentObjective
+    from sgmd_core.objectives.diversity import anchor_velocity as anchor_velocity
+    from sgmd_core.objectives.diversity import diversity_loss as diversity_loss
     from sgmd_core.objectives.dmd import DmdObjective as DmdObjective
+    from sgmd_core.objectives.dmd import denoising_loss as denoising_loss
+    from sgmd_core.objectives.dmd import distribution_matching_loss as distribution_matching_loss
+    from sgmd_core.objectives.dmd import matching_direction as matching_direction
     from sgmd_core.objectives.dmd2 import Dmd2Objective as Dmd2Objective
     from sgmd_core.objectives.meanflow import FlowObjective as FlowObjective
     from sgmd_core.objectives.pdmd import PdmdObjective as PdmdObjective
@@ -62,15 +70,21 @@ if TYPE_CHECKING:
     from sgmd_core.objectives.tmd import TmdObjective as TmdObjective
     from sgmd_core.objectives.tsg_fisher import TsgFisherObjective as TsgFisherObjective
     from sgmd_core.objectives.tsg_sim import TsgSimObjective as TsgSimObjective
+    from sgmd_core.rollout import anchored as anchored
     from sgmd_core.rollout import euler_sample as euler_sample
+    from sgmd_core.rollout import extrapolated as extrapolated
     from sgmd_core.rollout import rollout as rollout
+    from sgmd_core.rollout import rollout_exit as rollout_exit
     from sgmd_core.schedule import FlowMatchSchedule as FlowMatchSchedule
+    from sgmd_core.schedule import RandomSteps as RandomSteps
+    from sgmd_core.schedule import shift_sigma as shift_sigma
     from sgmd_core.types import GeneratorSignal as GeneratorSignal
     from sgmd_core.types import Loss as Loss
     from sgmd_core.types import MicroBatchKey as MicroBatchKey
     from sgmd_core.types import NoisedBatch as NoisedBatch
     from sgmd_core.velocity import VelocityModel as VelocityModel
     from sgmd_core.velocity import guided_velocity as guided_velocity
+    from sgmd_core.velocity import renormalized as renormalized
     from sgmd_core.worlds.gaussian import GaussianVelocity as GaussianVelocity
     from sgmd_core.worlds.gaussian import gaussian_text as gaussian_text
     from workers.models.families import family_of as family_of
@@ -101,6 +115,7 @@ _HOME = {
         "ShapeError",
         "StaleCallError",
     ),
+    "sgmd_core.interval": ("interval_state", "interval_velocity"),
     "sgmd_core.objectives": (
         "AdversarialObjective",
         "GradientPath",
@@ -113,7 +128,13 @@ _HOME = {
     "sgmd_core.objectives.adversarial": ("AdversarialTerm",),
     "sgmd_core.objectives.cdm": ("CdmObjective",),
     "sgmd_core.objectives.consistency": ("ConsistencyTerm", "ConsistentObjective"),
-    "sgmd_core.objectives.dmd": ("DmdObjective",),
+    "sgmd_core.objectives.diversity": ("anchor_velocity", "diversity_loss"),
+    "sgmd_core.objectives.dmd": (
+        "DmdObjective",
+        "denoising_loss",
+        "distribution_matching_loss",
+        "matching_direction",
+    ),
     "sgmd_core.objectives.dmd2": ("Dmd2Objective",),
     "sgmd_core.objectives.meanflow": ("FlowObjective",),
     "sgmd_core.objectives.pdmd": ("PdmdObjective",),
@@ -124,10 +145,10 @@ _HOME = {
     "sgmd_core.objectives.tmd": ("TmdObjective",),
     "sgmd_core.objectives.tsg_fisher": ("TsgFisherObjective",),
     "sgmd_core.objectives.tsg_sim": ("TsgSimObjective",),
-    "sgmd_core.rollout": ("euler_sample", "rollout"),
-    "sgmd_core.schedule": ("FlowMatchSchedule",),
+    "sgmd_core.rollout": ("anchored", "euler_sample", "extrapolated", "rollout", "rollout_exit"),
+    "sgmd_core.schedule": ("FlowMatchSchedule", "RandomSteps", "shift_sigma"),
     "sgmd_core.types": ("GeneratorSignal", "Loss", "MicroBatchKey", "NoisedBatch"),
-    "sgmd_core.velocity": ("VelocityModel", "guided_velocity"),
+    "sgmd_core.velocity": ("VelocityModel", "guided_velocity", "renormalized"),
     "sgmd_core.worlds.gaussian": ("GaussianVelocity", "gaussian_text"),
     "workers.models.families": ("family_of",),
     "workers.models.family": ("Denoiser", "ModelFamily"),

@@ -140,7 +140,8 @@ def anchored(query: NoisedBatch, left: RolloutExit, level: float | Tensor) -> No
         left: Where the rollout left for them.
         level: Noise level that the anchor is at: the end of a phase.
     """
-    sigma = torch.as_tensor(level).to(left.sigma).expand_as(left.sigma)
+    sigma = torch.as_tensor(level, dtype=left.sigma.dtype, device=left.sigma.device)
+    sigma = sigma.expand_as(left.sigma)
     anchor = extrapolated(left.x_t, left.velocity, left.sigma, sigma)
     return replace(query, anchor=anchor, anchor_sigma=sigma, exit_sigma=left.sigma)
 
