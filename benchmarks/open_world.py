@@ -1,18 +1,30 @@
 """Cost of few steps for a teacher of the world `open`, in floors.
 
-    python benchmarks/open_world.py MODEL --clips 256 --floors 3
+    python benchmarks/open_world.py MODEL --clips 256 512 --floors 5 --kept FOLDER
 
-Samples the teacher in many guided steps (the reference), the same from other seeds (the floors),
-and in few steps, and compares sets with the reference: Frechet distance, and the distributions of
-`workers.set_measures`. A ratio is taken to the mean over the floors. Clips rendered by the world
+Samples the teacher in many guided steps, from several seeds, and in few steps, and compares sets:
+Frechet distance, and the distributions of `workers.set_measures`. Each set of many guided steps is
+the reference in turn, and a distance is the mean over them.
+
+    floor    mean distance between two sets of many guided steps
+    ratio    distance / floor
+    spreads  (distance - floor) / standard deviation of the distances behind the floor
+
+A floor shrinks with the number of clips and a true distance does not, so ratios at different
+numbers of clips differ; distance - floor does not depend on it but for chance. Smaller numbers of
+clips are the first ones of the largest set, so all of them cost one. Clips rendered by the world
 itself, with the same captions, stand beside them: how far the teacher is from what it has learnt.
+
+Sets in the folder `--kept` are not sampled again: after an interruption the same command goes on.
 """
 
 import argparse
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import combinations
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor
@@ -29,21 +41,41 @@ from workers.build import encoder_dtype
 from workers.clip_sets import ClipRequest, sample_clip_set
 from workers.clip_settings import VideoSettings
 from workers.evaluator import Sampling
+from workers.kept_clips import KeptClips
 from workers.measured_clips import MeasuredClips
+from workers.models.content import model_digests
 from workers.set_measures import motion_figures
 from workers.settings import ModelSettings
 
 MANY_STEPS = 30
 FEW_STEPS = 4
 _CAPTION_SEED = 9_001
+_BATCH_SIZE = 32
+# Words of a clip and of its caption that are a share of right ones.
+_SCORES = ("colour", "shape", "direction", "pace", "verb", "count")
+
+Figures = dict[str, float]
 
 
-def measured(model: Path, num_clips: int, num_floors: int, guidance: float | None) -> dict:
-    """Sets of clips, measured, by name; `truth` is rendered."""
+def ways_of_sampling(num_floors: int, scale: float) -> dict[str, Sampling]:
+    """Every set that is sampled, by name."""
+    few_seed = 1 + num_floors
+    few = Sampling(FEW_STEPS, scale, few_seed)
+    return {
+        **{f"many guided {seed}": Sampling(MANY_STEPS, scale, seed) for seed in range(few_seed)},
+        "few guided": few,
+        "few unguided": replace(few, guidance_scale=1.0),
+        "many unguided": Sampling(MANY_STEPS, 1.0, few_seed),
+    }
+
+
+def measured(
+    model: Path, num_clips: int, num_floors: int, guidance: float | None, kept_in: Path
+) -> tuple[dict[str, MeasuredClips], list[str]]:
+    """Sets of clips, measured, by name, and their captions; the set `truth` is rendered."""
     world = embedded_world(WorldName.OPEN)
     pixels, captions = world.draw(_CAPTION_SEED, range(num_clips), ClipSplit.HELD_OUT)
     settings = read_inference_settings(model)
-    scale = guidance or settings.guidance_scale
     subject = Subject(
         folder=model,
         model=ModelSettings(
@@ -52,22 +84,16 @@ def measured(model: Path, num_clips: int, num_floors: int, guidance: float | Non
         video=VideoSettings(settings.num_frames, settings.height, settings.width, settings.fps),
         schedule=settings.schedule,
     )
-    evaluator = subject.evaluator(EvaluationOptions(batch_size=32, num_threads=1))
-    reference = Sampling(MANY_STEPS, scale, seed=0)
-    few = Sampling(FEW_STEPS, scale, seed=1)
-    samplings = {
-        "reference": reference,
-        **{f"floor {seed}": replace(reference, seed=seed) for seed in range(1, 1 + num_floors)},
-        "few guided": few,
-        "few unguided": replace(few, guidance_scale=1.0),
-        "many unguided": Sampling(MANY_STEPS, 1.0, seed=1),
-    }
-    request = ClipRequest(tuple(captions), reference, 32, settings.fps, world.name)
+    evaluator = subject.evaluator(EvaluationOptions(batch_size=_BATCH_SIZE, num_threads=1))
+    kept = KeptClips(str(kept_in), json.dumps(model_digests(model)), subject.facts)
+    samplings = ways_of_sampling(num_floors, guidance or settings.guidance_scale)
     found = {"truth": of_video(torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).float() / 255)}
     for name, sampling in samplings.items():
-        found[name] = sample_clip_set(evaluator, request.sampled(sampling)).clips
-        print(name, "sampled", flush=True)
-    return {"captions": captions, "sets": found}
+        request = ClipRequest(tuple(captions), sampling, _BATCH_SIZE, settings.fps, world.name)
+        clips = kept.get(request, lambda wanted: sample_clip_set(evaluator, wanted))
+        found[name] = clips.clips
+        print(name, "kept" if clips.remembered else "sampled", flush=True)
+    return found, captions
 
 
 def of_video(video: Tensor) -> MeasuredClips:
@@ -75,57 +101,89 @@ def of_video(video: Tensor) -> MeasuredClips:
     return MeasuredClips(clip_features(video), {}, read_clips(WorldName.OPEN, video))
 
 
-def compared(own: MeasuredClips, reference: MeasuredClips) -> dict[str, float]:
-    """Every distance of a set to the reference, and what it says of its captions."""
+def first_of(clips: MeasuredClips, count: int) -> MeasuredClips:
+    """The first clips of a set."""
+    reading = clips.reading
+    assert reading is not None, "every set is of an embedded world"
+    cut = {each.name: getattr(reading, each.name)[:count] for each in fields(reading)}
+    return MeasuredClips(clips.features[:count], {}, type(reading)(**cut))
+
+
+def distances(own: MeasuredClips, reference: MeasuredClips) -> Figures:
+    """Every distance of a set to another, by name."""
     moments = [fit_gaussian(each.features) for each in (own, reference)]
     figures = motion_figures(motion_of(own.reading), motion_of(reference.reading))
-    return {"frechet": frechet_distance(*moments[0], *moments[1]), **figures}
+    named = {name: value for name, value in figures.items() if name.endswith("_distance")}
+    return {"frechet": frechet_distance(*moments[0], *moments[1]), **named}
 
 
-def rows(sets: Mapping[str, MeasuredClips], captions: list[str]) -> dict[str, dict[str, float]]:
-    """Figures by set, and ratios to the mean over the floors as `NAME/floor`."""
-    found = {name: compared(clips, sets["reference"]) for name, clips in sets.items()}
-    floors = [values for name, values in found.items() if name.startswith("floor")]
-    floor = {name: mean(values[name] for values in floors) for name in floors[0]}
-    for name, values in found.items():
-        ratios = {
-            f"{figure}/floor": value / floor[figure]
-            for figure, value in values.items()
-            if figure == "frechet" or figure.endswith("_distance")
-            if floor[figure]
-        }
-        scores = score_reading(sets[name].reading, captions)
-        speeds = motion_of(sets[name].reading).speeds
-        values |= ratios | {
-            "colour": scores.colour,
-            "shape": scores.shape,
-            "direction": scores.direction,
-            "count": scores.count,
-            "mean_speed": float(speeds.mean()),
-            "texture": float(sets[name].reading.texture.mean()),
+def shown(own: MeasuredClips, captions: list[str]) -> Figures:
+    """What the clips of a set show, and the share that is as their captions say."""
+    motion = motion_of(own.reading)
+    scores = score_reading(own.reading, captions)
+    return {
+        "still_share": motion_figures(motion, motion)["still_share"],
+        "mean_speed": float(motion.speeds.mean()),
+        "texture": float(own.reading.texture.mean()),
+        **{name: getattr(scores, name) for name in _SCORES},
+    }
+
+
+def table(sets: Mapping[str, MeasuredClips], captions: list[str]) -> dict[str, Figures]:
+    """Figures by set: distances, and as NAME/floor and NAME/spread what the top of this file says.
+
+    The row `floor` has the floors, and as NAME/spread the standard deviations behind them.
+    """
+    references = {name: clips for name, clips in sets.items() if name.startswith("many guided")}
+    pairs = [distances(*pair) for pair in combinations(references.values(), 2)]
+    floor = {name: mean(pair[name] for pair in pairs) for name in pairs[0]}
+    spread = {name: stdev(pair[name] for pair in pairs) for name in pairs[0]}
+    found: dict[str, Figures] = {
+        "floor": floor | {f"{name}/spread": value for name, value in spread.items()}
+    }
+    for name, clips in sets.items():
+        others = [distances(clips, each) for each in references.values() if each is not clips]
+        own = {figure: mean(other[figure] for other in others) for figure in floor}
+        found[name] = {
+            **own,
+            **{f"{each}/floor": own[each] / floor[each] for each in own},
+            **{f"{each}/spread": (own[each] - floor[each]) / spread[each] for each in own},
+            **shown(clips, captions),
         }
     return found
 
 
+def print_table(count: int, rows: Mapping[str, Figures]) -> None:
+    """Prints a table in Markdown."""
+    names = list(rows["few guided"])
+    print(f"\n{count} clips\n\n| set | " + " | ".join(names) + " |")
+    for name, values in rows.items():
+        cells = [f"{values[each]:.4f}" if each in values else "" for each in names]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
-    """Measures a model folder, prints a table and writes all figures."""
+    """Measures a model folder, prints a table for each number of clips and writes all figures."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--clips", type=int, default=256)
-    parser.add_argument("--floors", type=int, default=3)
+    parser.add_argument("--clips", type=int, nargs="+", default=[256])
+    parser.add_argument("--floors", type=int, default=5)
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--kept", type=Path, default=Path("runs/open-world-sets"))
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    if given.floors < 2:
+        parser.error("--floors: at least 2, whose spread is asked for")
     torch.set_num_threads(1)
-    found = measured(given.model, given.clips, given.floors, given.guidance)
-    table = rows(found["sets"], found["captions"])
-    names = list(table["reference"])
-    print("| set | " + " | ".join(names) + " |")
-    for name, values in table.items():
-        print(f"| {name} | " + " | ".join(f"{values.get(each, 0):.3f}" for each in names) + " |")
-
+    most = max(given.clips)
+    sets, captions = measured(given.model, most, given.floors, given.guidance, given.kept)
+    found: dict[int, dict[str, Figures]] = {}
+    for count in given.clips:
+        first = {name: first_of(clips, count) for name, clips in sets.items()}
+        found[count] = table(first, captions[:count])
+        print_table(count, found[count])
     if given.output:
-        write_json(str(given.output), table)
+        write_json(str(given.output), found)
 
 
 if __name__ == "__main__":
