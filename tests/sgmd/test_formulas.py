@@ -80,9 +80,7 @@ def test_cdm_off_the_trajectory_up_to_the_gradient_of_the_velocity():
     own = beside - wide(start) * velocity
     key = sgmd.MicroBatchKey(iteration=50, micro_batch=0)
     query = sgmd.NoisedBatch(own, looked, noise, TEXT, key=key)
-    fake, teacher = (
-        ((query.x_t - each) / wide(looked)).detach() for each in (x0_fake, x0_teacher)
-    )
+    fake, teacher = (((query.x_t - each) / wide(looked)).detach() for each in (x0_fake, x0_teacher))
     objective = sgmd.CdmObjective(
         guidance="joint", normalizer_min=0.0, off_trajectory=2.0, off_trajectory_warmup=200
     )
