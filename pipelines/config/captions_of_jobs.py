@@ -2,6 +2,8 @@
 
 in the job          submitted/data.train/prompts.txt       -> a copy in the folder of the run
 anywhere else       RUN/submitted/data.train/prompts.txt   is what RUN/config.yaml means by it
+
+A sweep keeps them likewise, and its trials and best.yaml name its copies.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +30,32 @@ def keep_captions(data: DataSettings, run: Path) -> None:
         file = Path(url)
         if _went_along(url) and file.is_file() and file.stat().st_size <= MAX_CAPTION_BYTES:
             write_whole(run / url, Path(url).read_bytes())
+
+
+def kept_captions(data: DataSettings, run: Path, place: str) -> dict[str, Any]:
+    """Settings that name the copies of such files that a run or a sweep has kept.
+
+    Args:
+        data: Settings of the captions.
+        run: The folder in which they were kept.
+        place: Path or address by which others find it.
+    """
+
+    def found(url: str) -> str:
+        return f"{place}/{url}" if _went_along(url) and (run / url).is_file() else url
+
+    settings: dict[str, Any] = {
+        f"data.{name}": found(url)
+        for name, url in (("train", data.train), ("validation", data.validation))
+        if found(url) != url
+    }
+    sets = [
+        {**one.model_dump(mode="json", exclude_defaults=True), "source": found(one.source)}
+        for one in data.also
+    ]
+    if [one["source"] for one in sets] != [one.source for one in data.also]:
+        settings["data.also"] = sets
+    return settings
 
 
 def with_captions_beside(settings: Mapping[str, Any], recipe: Path) -> dict[str, Any]:

@@ -4,9 +4,11 @@ Each check is listed as made here or as left to the job. A folder that only the 
 error; a relative one that does not travel is.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import yaml
 from botocore.exceptions import BotoCoreError
@@ -116,17 +118,31 @@ class Preparation:
         data = {"data.train": config.data.train, "data.validation": config.data.validation}
         for setting, path in data.items():
             self._captions(setting, path, self._take_setting)
-        for number, one in enumerate(config.data.also):
-            self._input(f"data.also[{number}].source", one.source)
+        data |= self._further_captions(config)
         has_models = all(not is_address(model) and self._is_here(model) for model in models)
         if not has_models:
             self.left["model"] = f"{', '.join(models)}: not a folder of this machine"
         not_here = [path for path in data.values() if path and not self._is_here(path)]
-        for subject, path in zip(("data", "held-out"), data.values(), strict=True):
+        for setting, path in data.items():
             if path in not_here:
-                self.left[subject] = f"{path} is not on this machine"
+                subject = {"data.train": "data", "data.validation": "held-out"}.get(setting)
+                self.left[subject or setting] = f"{path} is not on this machine"
         self._look_at(config, has_models, not_here)
         self.left["cluster"] = "memory and GPUs of its nodes, and whether they can write the output"
+
+    def _further_captions(self, config: DistillConfig) -> dict[str, str]:
+        """Sends the files of `data.also` along; returns the sources by their settings."""
+        sets = [one.model_dump(mode="json", exclude_defaults=True) for one in config.data.also]
+        for number, one in enumerate(sets):
+
+            def take(_: str, inside: str, one: dict[str, Any] = one) -> None:
+                one["source"] = inside
+
+            self._captions(f"data.also[{number}].source", one["source"], take)
+        sources = [one.source for one in config.data.also]
+        if [one["source"] for one in sets] != sources:
+            self._take_setting("data.also", json.dumps(sets))
+        return {f"data.also[{number}].source": source for number, source in enumerate(sources)}
 
     def _gaussian_study(self) -> None:
         """A study in closed-form worlds, which needs neither networks nor data."""
@@ -269,7 +285,9 @@ class Preparation:
         file = Path(path).expanduser()
         if "://" not in path and file.is_file() and file.stat().st_size <= MAX_CAPTION_BYTES:
             taken = TravellingFile(path, file.read_bytes())
-            self.request, inside = self.request.with_file(taken, name.strip("-").lower())
+            # Brackets in a path would be read as a pattern.
+            what = name.strip("-").lower().replace("[", ".").replace("]", "")
+            self.request, inside = self.request.with_file(taken, what)
             take(name, inside)
         elif path:
             self._input(name, path)

@@ -15,6 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from cluster.storage import write_text
+from pipelines.config.captions_of_jobs import kept_captions
 from pipelines.config.figures import Mode
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.sweep import SweepSettings
@@ -221,8 +222,10 @@ def write_results(config: DistillConfig, folder: Path, trials: Sequence[Trial]) 
         trials: In any order; at least one came to its end.
     """
     order = ranked_trials(config.sweep, trials)
-    best = config.with_settings(dict(order[0].settings))
     objectives, place = config.sweep.objectives, Path(shared_place(folder))
+    # Files of captions of a job are gone with it, but for the sweep's copies.
+    kept = kept_captions(config.data, folder, shared_place(folder))
+    best = config.with_settings(kept | dict(order[0].settings))
     result = SweepResult(config.sweep.score, order, place, place / BEST_FILE, objectives)
     note = "".join(f"# {line}\n" for line in textwrap.wrap(result.note, 97))
     write_text(str(folder / BEST_FILE), note + best.to_yaml())

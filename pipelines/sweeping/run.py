@@ -23,6 +23,7 @@ from cluster.files import store_address
 from cluster.ray.pools import Pool, bundles_of, selectors_of
 from cluster.runtime import start_ray
 from cluster.storage import write_text
+from pipelines.config.captions_of_jobs import keep_captions, kept_captions
 from pipelines.config.model_folders import model_on_this_machine
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.branching import keep_state, states_of
@@ -145,6 +146,7 @@ def _inside(config: DistillConfig, folder: Path) -> DistillConfig:
     of_sweep = {
         "output": f"{place}/{TRIALS}",
         "validation.teacher_clips": config.validation.teacher_clips or f"{place}/{TEACHER_CLIPS}",
+        **kept_captions(config.data, folder, place),
     }
     return from_kept_start(config.with_absolute_paths(), folder).with_settings(of_sweep)
 
@@ -197,6 +199,7 @@ def _take_folder(config: DistillConfig, folder: Path, *, resume: bool) -> None:
                 "a name that is free",
                 "Choose another one with name=..., go on with --resume, or delete the folder",
             )
+        keep_captions(config.data, folder)
         write_text(str(began), config.to_yaml())
         return
     attempted = f"going on with the sweep in {place}"

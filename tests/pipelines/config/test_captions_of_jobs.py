@@ -1,10 +1,11 @@
 """Files of captions that went along with a job are found beside the run, and nowhere else."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from pipelines.config.captions_of_jobs import keep_captions
+from pipelines.config.captions_of_jobs import keep_captions, kept_captions
 from pipelines.config.recipe import load_recipe
 
 TRAIN, HELD_OUT = "submitted/data.train/prompts.txt", "submitted/data.validation/held_out.txt"
@@ -42,3 +43,22 @@ def test_a_run_finds_the_captions_of_its_job_in_its_own_folder(
     assert load_recipe(str(recipe), ["data.train=mine.txt"]).data.train == "mine.txt"
     (run / TRAIN).unlink()
     assert load_recipe(str(recipe)).data.train == TRAIN
+
+
+def test_trials_and_the_best_recipe_of_a_sweep_name_its_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, sweep = tmp_path / "package", tmp_path / "sweep"
+    (package / TRAIN).parent.mkdir(parents=True)
+    (package / TRAIN).write_text("a circle\n")
+    monkeypatch.chdir(package)
+    also = f"data.also=[{{source: {TRAIN}, weight: 2}}, {{source: /sets/more}}]"
+    config = load_recipe("tiny", [f"data.train={TRAIN}", "data.validation=data/held_out", also])
+    assert kept_captions(config.data, sweep, str(sweep)) == {}
+    keep_captions(config.data, sweep)
+    shutil.rmtree(package)
+    for place in (str(sweep), "s3://bucket/sweep"):
+        found = config.with_settings(kept_captions(config.data, sweep, place)).data
+        assert found.train == found.also[0].source == f"{place}/{TRAIN}"
+        assert (found.validation, found.also[1].source) == ("data/held_out", "/sets/more")
+        assert [one.weight for one in found.also] == [2, 1]

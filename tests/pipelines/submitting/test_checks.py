@@ -8,6 +8,7 @@ import pytest
 
 from cluster.job_files import is_ignored
 from pipelines.config.model_folders import PROJECT_ROOT
+from pipelines.config.recipe import load_recipe
 from pipelines.run.stopping import STOP_SIGNALS
 from pipelines.shapes import ClipSplit, write_shards
 from pipelines.submitting.checks import Preparation
@@ -81,21 +82,28 @@ def test_a_recipe_and_files_of_captions_go_along_wherever_they_lie(tmp_path, mon
     recipe = (PROJECT_ROOT / "pipelines/config/recipes/tiny.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(recipe)
     (tmp_path / "prompts.txt").write_text("a red circle moves left\n" * 80)
-    captions = (f"data.train={tmp_path}/prompts.txt", "data.validation=prompts.txt")
+    (tmp_path / "more.txt").write_text("a blue square moves right\n" * 8)
+    also = "data.also=[{source: more.txt, weight: 0.5}, {source: prompts.txt}]"
+    captions = (f"data.train={tmp_path}/prompts.txt", "data.validation=prompts.txt", also)
     request, preparation = prepare(asked("distill", "mine.yaml", *captions, "output=/mnt/runs"))
     inside = [
+        "submitted/data.also.0.source/more.txt",
+        "submitted/data.also.1.source/prompts.txt",
         "submitted/data.train/prompts.txt",
         "submitted/data.validation/prompts.txt",
         "submitted/recipe/mine.yaml",
     ]
     assert sorted(request.files) == inside
-    assert request.arguments[0] == inside[2]
-    assert f"data.train={inside[0]}" in request.settings
+    assert request.arguments[0] == inside[-1]
+    assert f"data.train={inside[2]}" in request.settings
+    sent = load_recipe("mine.yaml", request.settings).data.also
+    assert [(one.source, one.weight) for one in sent] == [(inside[0], 0.5), (inside[1], 1)]
     assert {"settings", "model", "data"} <= set(preparation.checked)
     assert list(preparation.left) == ["cluster"]
 
     with package(PROJECT_ROOT, request.files) as folder:
-        assert (folder / inside[2]).read_text() == recipe
+        assert (folder / inside[-1]).read_text() == recipe
+        assert "blue" in (folder / inside[0]).read_text()
         assert (folder / "pipelines" / "cli.py").is_file()
         assert not (folder / ".git").exists()
 
