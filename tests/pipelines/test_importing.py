@@ -48,7 +48,7 @@ def single_file(trained: Path, path: Path, prefix: str = "", dtype=torch.float32
     return path
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_a_file_of_other_names_has_the_bits_of_the_folder_it_came_from(
     base: Path, trained: Path, tmp_path: Path, prefix: str
 ) -> None:
@@ -68,6 +68,25 @@ def test_a_file_of_other_names_has_the_bits_of_the_folder_it_came_from(
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     words = "the base's FlowMatchEulerDiscreteScheduler with flow shift 5"
     assert words in " ".join(said.output.split())
+
+
+def test_a_shorter_prefix_is_read_in_8_bits_too_and_a_weight_under_two_prefixes_is_refused(
+    base: Path, trained: Path, tmp_path: Path
+) -> None:
+    tensors, _ = in_8_bits(trained, "old", torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "long.safetensors")
+    short = {name.removeprefix("model."): value for name, value in tensors.items()}
+    save_file(short, tmp_path / "short.safetensors")
+    for name in ("long", "short"):
+        import_file(tmp_path / f"{name}.safetensors", base, tmp_path / name)
+    one, other = (load_file(tmp_path / name / FILE) for name in ("long", "short"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    file = single_file(trained, tmp_path / "twice.safetensors", "diffusion_model.")
+    twice = load_file(file) | {"head.modulation": torch.zeros(1, 2, 32)}
+    save_file(twice, file)
+    with pytest.raises(ModelFolderError, match=r"head\.modulation is there twice, also as diff"):
+        import_file(file, base, tmp_path / "twice")
 
 
 def test_a_base_without_a_scheduler_gets_one_and_the_import_says_so(

@@ -27,7 +27,7 @@ from cluster.files import whole_file
 from workers.models.exchange import COMFYUI, LORA, ScaledLora
 from workers.models.lora_files import UNDERSCORED, lora_changes, read_lora
 from workers.models.low_rank import LowRank
-from workers.models.scaled_weights import is_beside_weights, open_scaled
+from workers.models.scaled_weights import ScaledFile, is_beside_weights, open_scaled
 from workers.models.sharded_loading import load_sharded
 from workers.models.wan import WanVelocity, quiet_networks
 from workers.models.wan_configs import LOW_NOISE, TRANSFORMER
@@ -127,7 +127,7 @@ class WanExchange:
             scaled = open_scaled(path)
             _require_tensors(path, own)
             # Declared to be a path alone.
-            given: Any = str(path) if scaled is None else scaled.read()
+            given: Any = _given(path, scaled)
             # All of it is read in float32, and diffusers warns that a part should be.
             with quiet_networks():
                 # Typed as if it returned nothing.
@@ -236,14 +236,30 @@ def names_in_loras(weights: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def _bare(name: str) -> str:
+    """Name of a weight without the prefix of ComfyUI, of which community files leave out a part."""
+    return name.removeprefix(_COMFYUI_WEIGHTS).removeprefix(_COMFYUI_LORA)
+
+
+def _given(path: Path, scaled: ScaledFile | None) -> str | dict[str, Tensor]:
+    """A file as `from_single_file` takes it, or its weights where it takes another prefix."""
+    if scaled is not None:
+        return {_bare(name): value for name, value in scaled.read().items()}
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        if not any(name.startswith(_COMFYUI_LORA) for name in names):
+            return str(path)
+        return {_bare(name): file.get_tensor(name) for name in names}
+
+
 def _require_tensors(path: Path, own: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses a file with other tensors, or tensors of other shapes, than a network of ours."""
     with safe_open(path, framework="pt") as file:
-        stored = {
-            name.removeprefix(_COMFYUI_WEIGHTS): tuple(file.get_slice(name).get_shape())
-            for name in file.keys()  # noqa: SIM118
-            if not is_beside_weights(name)
-        }
+        names = [name for name in file.keys() if not is_beside_weights(name)]  # noqa: SIM118
+        stored = {_bare(name): tuple(file.get_slice(name).get_shape()) for name in names}
+    if len(stored) < len(names):
+        twice = next(name for name in names if name != _bare(name) and _bare(name) in names)
+        raise ValueError(f"{_bare(twice)} is there twice, also as {twice}")
     expected = {original_name(name): shape for name, shape in own.items()}
     if stored.keys() & (own.keys() - expected.keys()):
         expected = dict(own)
