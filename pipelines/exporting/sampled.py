@@ -121,24 +121,18 @@ def settings_of_loras(base: Path, loras: Sequence[LoraSource]) -> InferenceSetti
     """Sampling settings that a LoRA brings for a base, or None where it is sampled as before.
 
     Raises:
-        ConfigError: Two of them bring some.
+        ConfigError: Two of them bring settings that differ.
         ModelFolderError: They cannot be read, or are of other weights than lie beside them.
     """
     settings = read_inference_settings(base)
     places = {each.place if each.place.is_dir() else each.place.parent for each in loras}
     stating = sorted(place for place in places if (place / SETTINGS_FILE).is_file())
-    if len(stating) > 1:
-        raise ConfigError(
-            f"merging LoRAs into {base}",
-            f"{SETTINGS_FILE} in {stating[0]} and in {stating[1]}",
-            "one of them, which says how to sample",
-            "Give the others as copies without it",
-        )
+    found: list[InferenceSettings] = []
     for beside in stating:
         require_same_weights(beside)
         stored = read_model_json(beside / SETTINGS_FILE)
         try:
-            settings = settings.model_validate({**settings.model_dump(), **stored})
+            found.append(settings.model_validate({**settings.model_dump(), **stored}))
         except ValidationError as error:
             raise ModelFolderError(
                 f"reading {beside / SETTINGS_FILE}",
@@ -146,7 +140,16 @@ def settings_of_loras(base: Path, loras: Sequence[LoraSource]) -> InferenceSetti
                 "sampling settings as `sgmd export` writes them",
                 "Delete the file to sample as the base is sampled",
             ) from error
-    return settings if stating else None
+    for beside, other in zip(stating[1:], found[1:], strict=True):
+        one, two = found[0].model_dump(mode="json"), other.model_dump(mode="json")
+        if differing := [f"{key} {one[key]} and {two[key]}" for key in one if one[key] != two[key]]:
+            raise ConfigError(
+                f"merging LoRAs into {base}",
+                f"{SETTINGS_FILE} in {stating[0]} and in {beside} differ: {', '.join(differing)}",
+                "one way to sample",
+                f"Give all but one as copies without {SETTINGS_FILE}",
+            )
+    return found[0] if found else None
 
 
 def _files(lora: Path, parts: Sequence[str]) -> dict[str, Path]:

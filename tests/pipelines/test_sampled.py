@@ -58,15 +58,19 @@ def test_a_strength_that_is_no_number_is_refused() -> None:
             LoraSource.parse(text)
 
 
-def test_one_lora_may_say_how_to_sample_and_two_may_not(base, tmp_path) -> None:
+def test_one_lora_may_say_how_to_sample_and_two_that_agree(base, tmp_path) -> None:
     places = [tmp_path / "one", tmp_path / "two"]
     for place in places:
         lora(place / "lora.safetensors")
         (place / "sgmd.json").write_text(json.dumps({"num_steps": 3}))
     with sampled_folder(base, loras=[LoraSource(places[0])]) as folder:
         assert read_inference_settings(folder).num_steps == 3
+    with sampled_folder(base, loras=[LoraSource(place, 0.5) for place in places]) as folder:
+        assert read_inference_settings(folder).num_steps == 3
+    (places[1] / "sgmd.json").write_text(json.dumps({"num_steps": 4, "flow_shift": 5.0}))
+    words = r"sgmd\.json in .*one and in .*two differ: num_steps 3 and 4\. Expected one way"
     with (
-        pytest.raises(ConfigError, match=r"sgmd\.json in .*one and in .*two"),
+        pytest.raises(ConfigError, match=words),
         sampled_folder(base, loras=[LoraSource(place) for place in places]),
     ):
         pass
