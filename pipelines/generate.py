@@ -30,7 +30,7 @@ from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS
 from workers.models.families import family_of
 from workers.models.family import ModelFamily
-from workers.models.folder import require_text_encoder
+from workers.models.folder import require_encoders
 from workers.models.sampling import ClipSampler, SampleRequest
 from workers.models.weight_digests import require_same_weights
 
@@ -221,7 +221,7 @@ def _clips(
 
 def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> InferenceSettings:
     checked = family.inspect(folder)
-    require_text_encoder(checked, f"sampling from {folder}")
+    require_encoders(checked, f"sampling from {folder}")
     settings = read_inference_settings(folder).model_copy(update=changes)
     pixel_bytes = _BYTES_A_PIXEL * settings.num_frames * settings.height * settings.width
     memory, _ = memory_bytes()

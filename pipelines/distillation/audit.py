@@ -27,7 +27,7 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.opened_copy import working_copy
 from pipelines.run.places import shared_place
 from sgmd_core.errors import DataError
-from workers.models.text_makers import maker_on_their_word
+from workers.models.makers import maker_on_their_word
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,15 @@ latents          of the clips' size, and of the networks' autoencoder: others wo
                  nothing, and no loss would say so
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.redaction import without_secrets
 from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR
 from pipelines.data.stream.inspect import FolderFacts
+from pipelines.distillation.text_check import LookedAtSet
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import phases_of
 from sgmd_core.objectives.meanflow import FlowObjective
@@ -177,11 +180,36 @@ def check_adversary(config: DistillConfig) -> None:
         )
 
 
+def latent_maker_of(model: ModelFolder, looked: Sequence[LookedAtSet]) -> str:
+    """Fingerprint of what encodes a run's latents.
+
+    It is that of the autoencoder's weights, or, of a folder without them, the one that the latents
+    of all sets name; empty where they have none.
+
+    Raises:
+        ConfigError: They name several, and there are no weights to tell which is meant.
+    """
+    if model.has_autoencoder:
+        return fingerprint(model.path, (model.layout.autoencoder,))
+    stored = ((one.data.encoding, one.source.url) for one in looked)
+    named = {each.vae: url for each, url in stored if each is not None and each.latent_shape}
+    if len(named) > 1:
+        makers = (f"{maker} of {without_secrets(url)}" for maker, url in named.items())
+        raise ConfigError(
+            f"reading latents for the model {model.path}, which has no autoencoder",
+            f"latents that name several: {', '.join(makers)}",
+            "latents of one autoencoder in all sets of data.train and data.also",
+            "Encode the sets with one model, or download its autoencoder into the folder",
+        )
+    return next(iter(named), "")
+
+
 def require_latents(
     config: DistillConfig,
     data: FolderFacts,
     model: ModelFolder,
     latent_shape: LatentShape,
+    maker: str,
 ) -> None:
     """Checks that training data bring the latents that a method learns from.
 
@@ -190,6 +218,7 @@ def require_latents(
         data: A first look at its training data.
         model: The generator's model.
         latent_shape: Shape (channels, frames, rows, columns) of a sample of this set.
+        maker: Fingerprint of the autoencoder.
 
     Raises:
         ConfigError: They bring none, or those of other clips or another autoencoder.
@@ -200,7 +229,7 @@ def require_latents(
         found = f"shards of {data.kind.value}, without latents"
     elif encoding.latent_shape != latent_shape:
         found = f"latents of shape {encoding.latent_shape}"
-    elif encoding.vae != fingerprint(model.path, (model.layout.autoencoder,)):
+    elif encoding.vae != maker:
         found = f"latents of another autoencoder (fingerprint {encoding.vae})"
     else:
         return

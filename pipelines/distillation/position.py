@@ -23,7 +23,8 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.places import shared_place
 from pipelines.run.records import RunEvent
 from sgmd_core.errors import CheckpointError
-from workers.models.text_makers import text_maker
+from workers.models.folder import FolderLayout
+from workers.models.makers import maker_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +286,7 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
     before = {key: before[key] for key in before if key in {*began["settings"], *now["settings"]}}
     return [
         *value_differences(before, now["settings"]),
-        *model_differences(began, now["model"], text=checked.model.layout.text),
+        *model_differences(began, now["model"], layout=checked.model.layout),
         *model_differences(began, now["teacher"], "teacher", "teacher.model"),
         *(value_differences(began["columns"], now["columns"]) if "columns" in began else ()),
         *data_differences(checked.source, read_jsonl(folder.shards), began.get("train", ())),
@@ -331,7 +332,7 @@ def model_differences(
     now: Mapping[str, str],
     role: str = "model",
     setting: str = "model.folder",
-    text: Sequence[str] = (),
+    layout: FolderLayout | None = None,
 ) -> list[str]:
     """Every component of a model folder that is not the one of a run, with both digests.
 
@@ -340,13 +341,22 @@ def model_differences(
         now: Digests of the components now.
         role: Part of the identity: `model`, or `teacher` for one of another model.
         setting: Setting that names the folder.
-        text: Components that embed text: where one of both folders has no weights of them, by what
-            embeddings name.
+        layout: Components of the folder. Where one of both folders has no weights of those that
+            embed text, they are compared by what embeddings name; an autoencoder that one of both
+            lacks by what latents name, or not at all where nothing was made by it.
     """
     # Older runs had no teacher of another model.
     before = began.get(role, {})
-    makers = [text_maker(each, text) if text else None for each in (before, now)]
-    same = text if makers[0] is not None and makers[0] == makers[1] else ()
+    same = set[str]()
+    if layout is not None:
+        text, latents = (
+            [maker_of(digests, names) for digests in (before, now)]
+            for names in (layout.text, (layout.autoencoder,))
+        )
+        if None not in text and text[0] == text[1]:
+            same |= {*layout.text}
+        if None in latents or latents[0] == latents[1]:
+            same.add(layout.autoencoder)
     return [
         f"the {name} in {setting} has content {format_value(now, name)}, and had "
         f"{format_value(before, name)}"

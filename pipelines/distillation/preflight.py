@@ -27,6 +27,7 @@ from pipelines.distillation.method_checks import (
     check_expert,
     check_phases,
     check_transition,
+    latent_maker_of,
     require_latents,
 )
 from pipelines.distillation.teacher_check import check_teacher
@@ -55,8 +56,8 @@ from workers.measures import MIN_FRAMES
 from workers.models.content import model_digests
 from workers.models.families import family_of
 from workers.models.family import ModelFamily
-from workers.models.folder import ModelFolder
-from workers.models.text_makers import named_by_embeddings
+from workers.models.folder import ModelFolder, require_autoencoder
+from workers.models.makers import named_by
 from workers.models.vocabulary import UnknownWords
 from workers.network_settings import ComputeSettings
 from workers.optical_flow import MIN_SIDE_PX
@@ -85,6 +86,8 @@ class Preflight:
         unknown_words: Words of the first captions that the tokenizer does not know.
         further: The other sets of captions.
         texts: Texts whose embeddings lie with the data.
+        latents_named: Fingerprint of the autoencoder as all latents name it, where the model folder
+            has none to compare them with; else empty.
     """
 
     model: ModelFolder
@@ -99,6 +102,7 @@ class Preflight:
     unknown_words: UnknownWords
     further: tuple[LookedAtSet, ...]
     texts: StoredText
+    latents_named: str = ""
 
     def to_json(self, config: DistillConfig) -> dict[str, Any]:
         """Returns what `--dry-run` prints."""
@@ -122,6 +126,7 @@ class Preflight:
             "stored_text": self.has_stored_text,
             "text_encoder_for": {name: list(each) for name, each in self.texts.lacking.items()},
             "text_encoder_named": self.texts.named,
+            "autoencoder_named": self.latents_named,
             "data_latents": self.has_data_latents,
             "held_out_captions": len(self.held_out),
             "unknown_words": asdict(self.unknown_words),
@@ -171,6 +176,19 @@ class Preflight:
         return LATENTS in self.source.columns
 
     @property
+    def autoencoder_in_words(self) -> str:
+        """Line for a run whose model folder has no autoencoder; empty where it has one."""
+        if self.model.has_autoencoder:
+            return ""
+        named = (
+            f", and the latents of the data name {self.latents_named} as their maker, which is "
+            "taken on their word"
+            if self.latents_named
+            else ""
+        )
+        return f"the model folder has no autoencoder: nothing is decoded{named}"
+
+    @property
     def checked(self) -> dict[str, str]:
         """Subjects that `check` looked at, each with what it compared."""
         found = {
@@ -202,6 +220,8 @@ def run_preflight(config: DistillConfig) -> Preflight:
     if config.validation.teacher_clips:
         require_lasting_folder(config.validation.teacher_clips, "validation.teacher_clips")
     model, buckets = inspect_networks(config)
+    if config.validation.every:
+        require_autoencoder(model, "preparing validations, which decode clips")
     tokenizer = family_of(model.path).load_tokenizer(model.path)
     learns_from_data = needs_data(program_of(config))
     if learns_from_data:
@@ -213,10 +233,13 @@ def run_preflight(config: DistillConfig) -> Preflight:
     # What not all sets bring is taken from none.
     if all(has_text(one.data, config, model, maker) for one in looked):
         columns.append(TEXT_EMBEDS)
+    latents_named = ""
     if learns_from_data:
+        latent_maker = latent_maker_of(model, looked)
+        latents_named = "" if model.has_autoencoder else latent_maker
         by_set = buckets.shapes if takes_sizes_from_data(config) else buckets.shapes * len(looked)
         for one, latent_shape in zip(looked, by_set, strict=True):
-            require_latents(config, one.data, model, latent_shape)
+            require_latents(config, one.data, model, latent_shape, latent_maker)
         columns.append(LATENTS)
     (source, data), *further = [_read_with(one, tuple(columns)) for one in looked]
     held_out = _held_out(config)
@@ -226,7 +249,9 @@ def run_preflight(config: DistillConfig) -> Preflight:
     content = model_digests(model.path)
     if not model.has_text_encoder:
         require_all_stored(model, texts)
-        content |= dict.fromkeys(model.layout.text_encoders, named_by_embeddings(maker))
+        content |= dict.fromkeys(model.layout.text_encoders, named_by("embeddings", maker))
+    if latents_named:
+        content[model.layout.autoencoder] = named_by("latents", latents_named)
     return Preflight(
         model=model,
         content=content,
@@ -242,6 +267,7 @@ def run_preflight(config: DistillConfig) -> Preflight:
         ),
         further=tuple(LookedAtSet(*one) for one in further),
         texts=texts,
+        latents_named=latents_named,
     )
 
 

@@ -253,6 +253,8 @@ def _place_and_train(
     observer.note(f"starting the roles ({config.topology.mode})")
     if checked.has_stored_text:
         observer.note(checked.texts.in_words())
+    if checked.autoencoder_in_words:
+        observer.note(checked.autoencoder_in_words)
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
     progress = data.progress(start.cursor, start.rows)
     with (

@@ -16,7 +16,7 @@ from workers.models.configs import read_model_json
 from workers.models.content import model_digests
 from workers.models.families import family_named, family_of
 from workers.models.folder import ModelFolder
-from workers.models.text_makers import text_maker
+from workers.models.makers import maker_of
 
 _SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 _FLOW = "flow_prediction"
@@ -95,18 +95,20 @@ def _facts_that_differ(model: ModelFolder, teacher: ModelFolder) -> Iterator[str
 def _components_that_differ(
     model: ModelFolder, content: dict[str, str], theirs: dict[str, str]
 ) -> Iterator[str]:
-    own, other = (text_maker(each, model.layout.text) for each in (content, theirs))
-    text = model.layout.text
-    if own is None or other is None:
-        _log.warning(
-            "the teacher's folder has no text encoder: that it was trained with the generator's is "
-            "not checked"
-        )
-    if own == other or other is None:
-        text = ()
-    for name in (model.layout.autoencoder, *text):
-        if content.get(name) != theirs.get(name):
-            yield f"{name} has other content in the teacher's folder"
+    made_by = {"text encoder": model.layout.text, "autoencoder": (model.layout.autoencoder,)}
+    for what, names in made_by.items():
+        own, other = (maker_of(each, names) for each in (content, theirs))
+        if own is None or other is None:
+            whose = "teacher's" if other is None else "generator's"
+            _log.warning(
+                "the %s folder has no %s: that both were trained with the same is not checked",
+                *(whose, what),
+            )
+        if own == other or other is None or (own is None and what == "autoencoder"):
+            continue
+        for name in names:
+            if content.get(name) != theirs.get(name):
+                yield f"{name} has other content in the teacher's folder"
 
 
 def _schedule_that_differs(config: DistillConfig) -> Iterator[str]:

@@ -80,7 +80,9 @@ def compare_models(model: str, contents: Mapping[str, Mapping[str, str]]) -> Fin
     ]
     if different:
         part = different[0]
-        where = ", ".join(f"{found.get(part)} on {machine}" for machine, found in contents.items())
+        where = ", ".join(
+            f"{found.get(part, 'none')} on {machine}" for machine, found in contents.items()
+        )
         remedy = "Copy one folder to all machines, or name one on a shared disk or in S3"
         return Finding(name, Status.MISSING, f"{part} differs: {where}", remedy)
     parts = next(iter(contents.values()), {})

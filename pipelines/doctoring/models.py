@@ -32,7 +32,9 @@ def _inspected(model: str) -> Finding:
     family = family_of(folder)
     parts = family.inspect(folder).num_parameters
     sizes = ", ".join(f"{part} {count / 1e6:,.3g} M" for part, count in parts.items())
-    return Finding(f"model {model}", Status.GOOD, f"{family.name}: {sizes} parameters")
+    lacking = ", ".join(name for name in family.traits.layout.dispensable if name not in parts)
+    found = f"{family.name}: {sizes} parameters" + f"; without weights: {lacking}" * bool(lacking)
+    return Finding(f"model {model}", Status.GOOD, found)
 
 
 def stored_sizes(model: str) -> dict[str, int]:

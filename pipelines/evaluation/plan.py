@@ -33,7 +33,7 @@ from workers.kept_clips import clip_facts
 from workers.models.addresses import local_model
 from workers.models.content import model_digests
 from workers.models.families import family_of
-from workers.models.folder import require_text_encoder
+from workers.models.folder import require_encoders
 from workers.models.weight_digests import require_same_weights
 from workers.settings import ModelSettings
 
@@ -210,7 +210,7 @@ def plan_evaluation(
     generator_folder = model_folder(path)
     teacher = local_model(teacher) if teacher else None
     for folder in filter(None, (generator_folder, teacher)):
-        _require_text(folder)
+        _require_encoders(folder)
     own = read_inference_settings(generator_folder)
     is_run = RunFolder(path).config.exists()
     results = Path(output) if output else (path if is_run else Path("evaluation"))
@@ -221,7 +221,7 @@ def plan_evaluation(
     if config is not None:
         if not teacher:
             teacher = config.teacher_folder
-            _require_text(teacher)
+            _require_encoders(teacher)
             _require_teacher_of(RunFolder(path), teacher, config)
         captions = captions or config.data.validation
     if not teacher or not captions:
@@ -276,8 +276,8 @@ def _nothing_to_compare(
     )
 
 
-def _require_text(folder: Path) -> None:
-    require_text_encoder(family_of(folder).inspect(folder), f"evaluating with {folder}")
+def _require_encoders(folder: Path) -> None:
+    require_encoders(family_of(folder).inspect(folder), f"evaluating with {folder}")
 
 
 def _require_teacher_of(run: RunFolder, teacher: str | Path, config: DistillConfig) -> None:
@@ -287,8 +287,8 @@ def _require_teacher_of(run: RunFolder, teacher: str | Path, config: DistillConf
     began = read_identity(run, f"evaluating {run}")
     digests = model_digests(teacher)
     if config.teacher.model is None:
-        text = family_of(teacher).traits.layout.text
-        found = model_differences(began, digests, text=text)
+        layout = family_of(teacher).traits.layout
+        found = model_differences(began, digests, layout=layout)
     else:
         own = {name: digests.get(name, "") for name in began.get("teacher", {})}
         found = model_differences(began, own, "teacher", "teacher.model")

@@ -22,6 +22,7 @@ from pipelines.run.folder import RunFolder, file_inside, git_revision, read_json
 from sgmd_core.errors import CheckpointError
 from workers.models.addresses import is_hub_id
 from workers.models.configs import INDEX_FILE, read_model_json
+from workers.models.weights import lacks_weights
 
 CARD = "README.md"
 _CLIPS = "samples"
@@ -81,7 +82,9 @@ def write_model_card(draft: Path, source: TrainedGenerator, figures: Figures) ->
         base=_base_id(source.base),
         teacher=_teacher_id(source),
         parts=_parts(source),
-        has_components=all((draft / name).is_dir() for name in source.family.traits.layout.weights),
+        has_components=not any(
+            lacks_weights(draft / name) for name in source.family.traits.layout.weights
+        ),
         files=files,
         components=source.family.traits.layout.denoisers,
         sampling=source.sampling,

@@ -260,7 +260,8 @@ def _encoder_sizes(
     except ModelFolderError:
         # A plan takes the shapes from configurations; the weights may be elsewhere.
         return None
-    if encoding and not found.has_text_encoder:
-        # Of another machine, where the run may have one.
+    decodes = bool(config.validation.every)
+    if (encoding and not found.has_text_encoder) or (decodes and not found.has_autoencoder):
+        # Of another machine, where the run may have it.
         return None
     return found.encoder_sizes

@@ -22,6 +22,7 @@ from sgmd_core.errors import CheckpointError, ConfigError, DataError, ShapeError
 from sgmd_core.worlds import WorldName
 from workers.models.content import fingerprint
 from workers.models.families import family_of
+from workers.models.folder import require_autoencoder
 
 VAE_STAGE = "vae"
 DENOISER_STAGE = "denoiser"
@@ -98,6 +99,7 @@ def require_fitting_autoencoder(config: PretrainConfig, clips: TrainingClips) ->
         )
     size = (config.world.num_frames, config.world.frame_px, config.world.frame_px)
     geometry = family_of(folder).inspect(Path(folder))
+    require_autoencoder(geometry, f"taking the autoencoder of {folder}")
     expected = geometry.latent_shape(*size)
     problems = list(latent_problems(expected, config.denoiser.patch_size))
     if problems:

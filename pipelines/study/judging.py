@@ -26,6 +26,8 @@ from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
 from workers.evaluator import CHUNK_CLIPS, Evaluator
 from workers.kept_clips import clip_facts
 from workers.models.content import fingerprint
+from workers.models.families import family_of
+from workers.models.folder import require_encoders
 from workers.role_state import load_role
 from workers.set_measures import motion_figures
 
@@ -33,6 +35,16 @@ Figures = Mapping[str, float]
 """By name: `frechet`, means of `MeasuredClips.figures`, and `workers.set_measures`."""
 
 _CACHE_FOLDER = "teacher"
+
+
+def require_measurable(config: DistillConfig) -> None:
+    """Checks that clips of a run and of its teacher can be sampled and measured.
+
+    Raises:
+        ModelFolderError: A folder has no text encoder or no autoencoder.
+    """
+    for folder in dict.fromkeys((config.model_folder, config.teacher_folder)):
+        require_encoders(family_of(folder).inspect(folder), f"measuring clips of {folder}")
 
 
 def study_captions(config: DistillConfig) -> tuple[str, ...]:

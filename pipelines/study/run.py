@@ -43,7 +43,12 @@ from pipelines.study.hypotheses import (
     power_words,
     write_down,
 )
-from pipelines.study.judging import Figures, StudyEvaluator, study_captions
+from pipelines.study.judging import (
+    Figures,
+    StudyEvaluator,
+    require_measurable,
+    study_captions,
+)
 from pipelines.study.measured_runs import Point, RunResult, place_of, times_of, units_of
 from pipelines.study.plan import (
     RUNS,
@@ -85,6 +90,7 @@ def dry_run_study(config: DistillConfig) -> dict[str, Any]:
     plan = plan_study(config)
     require_output_folder(plan.folder, "output")
     for run in plan.runs[: len(plan.variants)]:
+        require_measurable(run.config)
         run_preflight(run.config)
     study_captions(config)
     with working_copy(plan.folder, NOT_NEEDED):
@@ -131,6 +137,7 @@ def study(
     plan = plan_study(config)
     require_output_folder(plan.folder, "output")
     for run in plan.runs[: len(plan.variants)]:
+        require_measurable(run.config)
         run_preflight(run.config)
     with published_place(
         plan.folder,

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from sgmd_core.errors import ModelFolderError
-from tests.helpers.tiny_wan import write_tiny_wan
+from tests.helpers.tiny_wan import write_tiny_wan, write_tiny_wan22_5b
 from workers.models import content, loading
 from workers.models.content import fingerprint, model_digests, read_content
+from workers.models.families import family_of
+from workers.models.folder import require_autoencoder
 from workers.models.wan import load_transformer, load_vae, save_generator_pipeline
 from workers.models.wan_folder import check_component, inspect_wan_folder
 from workers.models.wan_text import load_text
@@ -223,10 +226,30 @@ def test_pickled_weights_are_refused_without_being_opened(model, tmp_path, part)
 def test_a_folder_without_the_weights_of_its_autoencoder_is_told_what_needs_them(
     model: Path,
 ) -> None:
+    whole = inspect_wan_folder(model)
     (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    words = r"no weights in .*vae. Expected .*also where all latents are stored.*hf download"
+    found = inspect_wan_folder(model)
+    assert (found.has_autoencoder, found.geometry) == (False, whole.geometry)
+    assert found.encoder_sizes == replace(whole.encoder_sizes, autoencoder=0)
+    words = r"no weights in .*vae. Expected an autoencoder.*hf download.*validation\.every=0"
     with pytest.raises(ModelFolderError, match=words):
-        inspect_wan_folder(model)
+        require_autoencoder(found, "decoding")
+
+
+def test_a_folder_without_any_autoencoder_is_sized_as_the_released_model_of_its_channels(
+    tmp_path: Path,
+) -> None:
+    folder = write_tiny_wan22_5b(tmp_path / "model", ["a", "circle"])
+    family = family_of(folder)
+    whole, shape = family.inspect(folder), family.read_shape(folder)
+    shutil.rmtree(folder / "vae")
+    index = json.loads((folder / "model_index.json").read_text()) | {"vae": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    found = family.inspect(folder)
+    assert found.geometry == whole.geometry == family.read_shape(folder).geometry
+    assert found.geometry.sampled_px == whole.geometry.sampled_px
+    assert family.read_shape(folder) == shape
+    assert "vae" not in model_digests(folder)
 
 
 def test_pickles_beside_the_weights_are_not_exported(model: Path, tmp_path: Path) -> None:

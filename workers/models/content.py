@@ -23,7 +23,7 @@ from cluster.files import write_whole
 from sgmd_core.errors import ModelFolderError
 from workers.models.configs import CONFIG_FILE, REMEDY, read_model_json
 from workers.models.families import family_of
-from workers.models.text_makers import combined_digest
+from workers.models.makers import combined_digest
 from workers.models.weights import find_weights, lacks_weights
 
 # Values of a tensor that are looked at together: bounds the memory that a large embedding takes.
@@ -75,7 +75,7 @@ def fingerprint(folder: str | Path, components: Sequence[str] | None = None) -> 
 def model_digests(folder: str | Path) -> dict[str, str]:
     """Digest of each component that decides what the model makes.
 
-    A text encoder whose weights were left out has none.
+    A text encoder or an autoencoder whose weights were left out has none.
 
     Raises:
         ModelFolderError: As `fingerprint`.
@@ -84,7 +84,7 @@ def model_digests(folder: str | Path) -> dict[str, str]:
     return {
         name: component_digest(Path(folder) / name, layout.weights.get(name))
         for name in layout.components
-        if name not in layout.text_encoders or not lacks_weights(Path(folder) / name)
+        if name not in layout.dispensable or not lacks_weights(Path(folder) / name)
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from workers.models.configs import CONFIG_FILE
 from workers.models.folder import FolderLayout
 from workers.models.weights import find_weights, lacks_weights
 
@@ -52,7 +53,8 @@ def copy_components(
         names: Components to copy.
         components: `link` makes hard links of the weight files, or symbolic links where the base
             lies on another disk, and copies the small files; `none` leaves components with weights
-            out. A text encoder that the base lacks is left out.
+            out. A text encoder that the base lacks is left out, and of an autoencoder without
+            weights its configuration is copied.
         new_names: Names of components in the new folder, where they change.
 
     Raises:
@@ -62,7 +64,9 @@ def copy_components(
         stem = layout.weights.get(name)
         if stem is not None and components == "none":
             continue
-        if name in layout.text_encoders and lacks_weights(base / name):
+        if name in layout.dispensable and lacks_weights(base / name):
+            if name == layout.autoencoder:
+                copy_config(base / name, dst / new_names.get(name, name))
             continue
         # Pickles among them have no place in an export.
         unused = find_weights(base / name, stem).unused if stem is not None else ()
@@ -74,6 +78,13 @@ def copy_components(
             ignore=lambda _, __, names=left_out: names,
             copy_function=copy,
         )
+
+
+def copy_config(part: Path, dst: Path) -> None:
+    """Copy the configuration of an autoencoder alone, if it has one: it sizes clips."""
+    if (part / CONFIG_FILE).is_file() and not dst.exists():
+        dst.mkdir(parents=True)
+        shutil.copy2(part / CONFIG_FILE, dst / CONFIG_FILE)
 
 
 def place_scheduler(

@@ -1,7 +1,7 @@
 """Records of a checked model folder: its layout, its clip sizes, its weight files."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import lcm
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from workers.models.weights import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
     WeightFiles,
-    lacks_weights,
 )
 
 LatentShape = tuple[int, int, int, int]
@@ -50,6 +49,11 @@ class FolderLayout:
     def text_encoders(self) -> tuple[str, ...]:
         """Components of the text that have weights."""
         return tuple(name for name in self.text if name in self.weights)
+
+    @property
+    def dispensable(self) -> tuple[str, ...]:
+        """Components whose weights may be left out, for runs that need none of them."""
+        return tuple(name for name in (*self.text, self.autoencoder) if name in self.weights)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -146,6 +150,37 @@ def _nearest(size: int, step: int, *, first: int = 0) -> str:
     return " or ".join(str(first + each) for each in sorted(around) if first + each > 0)
 
 
+def geometry_as_released(
+    folder: Path,
+    component: str,
+    channels: int,
+    patch_size: tuple[int, int, int],
+    released: Iterable[ClipGeometry],
+) -> ClipGeometry:
+    """Sizes of latents of a folder without a configuration of its autoencoder.
+
+    Args:
+        folder: The folder.
+        component: Its autoencoder.
+        channels: Latent channels of its denoiser.
+        patch_size: Patch of its denoiser.
+        released: Sizes of the released models of its family.
+
+    Raises:
+        ModelFolderError: No released model has so many channels.
+    """
+    for geometry in released:
+        if geometry.latent_channels == channels:
+            return replace(geometry, patch_size=patch_size)
+    file = f"{component}/config.json"
+    raise ModelFolderError(
+        f"reading {folder}",
+        f"no {file}, and a denoiser of {channels} channels, which no released model has",
+        "the configuration of the autoencoder, which says how large clips are for their latents",
+        f"Download this one small file: hf download REPOSITORY {file} --local-dir {folder}",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class EncoderSizes:
     """Parameters of the networks beside the denoiser.
@@ -170,7 +205,7 @@ class ModelFolder:
         geometry: Clips that it can make.
         text_width: Width of a caption embedding.
         num_parameters: Parameters by component, each counted once.
-        weights: Weight files by component; without the text encoder where it was left out.
+        weights: Weight files by component; without text encoder or autoencoder that were left out.
     """
 
     path: Path
@@ -185,6 +220,12 @@ class ModelFolder:
     def has_text_encoder(self) -> bool:
         """False where the weights of the text encoder were left out: it embeds nothing."""
         return all(name in self.weights for name in self.layout.text_encoders)
+
+    @property
+    def has_autoencoder(self) -> bool:
+        """False where the weights of the autoencoder were left out: nothing is decoded."""
+        name = self.layout.autoencoder
+        return name in self.weights or name not in self.layout.weights
 
     @property
     def num_denoiser_parameters(self) -> int:
@@ -212,23 +253,32 @@ class ModelFolder:
         return self.geometry.latent_shape(num_frames, height, width, attempted)
 
 
-def require_autoencoder(folder: Path, layout: FolderLayout) -> None:
-    """Checks that the weights of a folder's autoencoder are there, by their files' names alone.
+def require_autoencoder(model: ModelFolder, attempted: str) -> None:
+    """Checks that a folder can decode latents, and encode videos.
 
     Raises:
-        ModelFolderError: They were left out; says what needs them.
+        ModelFolderError: The weights of its autoencoder were left out.
     """
-    name = layout.autoencoder
-    if lacks_weights(folder / name):
+    if not model.has_autoencoder:
+        name = model.layout.autoencoder
         raise ModelFolderError(
-            f"reading {folder}",
-            f"no weights in {folder / name}",
-            "the autoencoder, which every folder has, also where all latents are stored: its "
-            "content tells whose latents a run and its exports are of, and validations, "
-            "`sgmd generate` and `sgmd evaluate` decode with it",
-            f"Download it: hf download REPOSITORY --include '{name}/*' --local-dir {folder}; or "
-            "link the folder of it from another copy of the model",
+            attempted,
+            f"no weights in {model.path / name}",
+            "an autoencoder, which makes clips of latents and latents of clips",
+            f"Download it: hf download REPOSITORY --include '{name}/*' --local-dir {model.path}; "
+            "or link it from another copy of the model. A distillation with validation.every=0 "
+            "needs none",
         )
+
+
+def require_encoders(model: ModelFolder, attempted: str) -> None:
+    """Checks that a folder can turn prompts into clips.
+
+    Raises:
+        ModelFolderError: The weights of its text encoder or of its autoencoder were left out.
+    """
+    require_text_encoder(model, attempted)
+    require_autoencoder(model, attempted)
 
 
 def require_text_encoder(model: ModelFolder, attempted: str) -> None:

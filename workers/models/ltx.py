@@ -27,7 +27,12 @@ from workers.models.architecture import (
     check_network,
 )
 from workers.models.configs import INDEX_FILE, read_model_json
-from workers.models.exporting import Components, copy_components, place_scheduler
+from workers.models.exporting import (
+    Components,
+    copy_components,
+    copy_config,
+    place_scheduler,
+)
 from workers.models.family import Denoiser
 from workers.models.folder import ClipGeometry
 from workers.models.loading import load_network
@@ -39,6 +44,7 @@ from workers.models.ltx_family import (
     TRANSFORMER,
     VAE,
     clip_geometry,
+    ltx_geometry,
     read_ltx_component,
     require_ltx_index,
 )
@@ -196,7 +202,7 @@ def load_ltx_transformer(
     """Load the denoiser of an LTX-Video folder in evaluation mode; see `load_sharded`."""
     require_ltx_index(folder)
     part = check_ltx_component(folder, TRANSFORMER)
-    geometry = clip_geometry(read_ltx_component(folder, VAE))
+    geometry = ltx_geometry(folder, part.config)
 
     def wrap(transformer: LTXVideoTransformer3DModel) -> LtxVelocity:
         return LtxVelocity(transformer, geometry)
@@ -220,8 +226,8 @@ def save_ltx_generator(
 ) -> None:
     """Write a folder with a new denoiser; see `ModelFamily.export`."""
     require_ltx_index(base)
-    geometry = clip_geometry(read_ltx_component(base, VAE))
     config = read_ltx_component(base, TRANSFORMER)
+    geometry = ltx_geometry(base, config)
     network: Any = build_without_weights(base / TRANSFORMER, config, _kind(TRANSFORMER))
     denoiser = LtxVelocity(network, geometry)
     denoiser.load_state_dict(dict(weights), assign=True)
@@ -230,6 +236,8 @@ def save_ltx_generator(
     index = read_model_json(base / INDEX_FILE)
     with whole_folder(dst) as draft:
         copy_components(base, draft, LAYOUT, (TOKENIZER, VAE, TEXT_ENCODER), components)
+        # Positions are computed by it, whatever else is left out.
+        copy_config(base / VAE, draft / VAE)
         index |= place_scheduler(base, draft, LAYOUT, own)
         (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
         network.save_pretrained(draft / TRANSFORMER)

@@ -9,6 +9,7 @@
 No network library is imported before a method needs one.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ from workers.models.folder import (
     ClipGeometry,
     EncoderSizes,
     ModelFolder,
+    geometry_as_released,
     one_denoiser_layout,
-    require_autoencoder,
 )
 from workers.models.sampling import SamplingRules
 from workers.models.shape import ModelShape
@@ -164,14 +165,14 @@ class LtxFamily:
         """Read the shape from the configurations of denoiser and autoencoder."""
         if (folder / INDEX_FILE).exists():
             require_ltx_index(folder)
-        config, vae = read_ltx_component(folder, TRANSFORMER), read_ltx_component(folder, VAE)
+        config = read_ltx_component(folder, TRANSFORMER)
         shape = ltx_shape(
             config["num_layers"],
             config["num_attention_heads"] * config["attention_head_dim"],
             config["caption_channels"],
             config["in_channels"],
         )
-        return ModelShape(shape, clip_geometry(vae))
+        return ModelShape(shape, ltx_geometry(folder, config))
 
     def shape_from_record(self, record: Mapping[str, Any]) -> LtxShape:
         """Rebuild a shape from the fields of `LtxShape`."""
@@ -183,15 +184,15 @@ class LtxFamily:
             from workers.models.ltx import check_ltx_component
 
         require_ltx_index(folder)
-        require_autoencoder(folder, LAYOUT)
-        has_text = not lacks_weights(folder / TEXT_ENCODER)
-        own = [name for name in _CLASSES if has_text or name != TEXT_ENCODER]
+        left_out = [name for name in LAYOUT.dispensable if lacks_weights(folder / name)]
+        own = [name for name in _CLASSES if name not in left_out]
         parts = {name: check_ltx_component(folder, name) for name in own}
-        transformer, vae = parts[TRANSFORMER].config, parts[VAE].config
+        transformer = parts[TRANSFORMER].config
+        geometry = ltx_geometry(folder, transformer)
         for found, expected in (
             (
                 ("transformer in_channels", transformer["in_channels"]),
-                ("vae latent_channels", vae["latent_channels"]),
+                ("vae latent_channels", geometry.latent_channels),
             ),
             *(
                 (
@@ -213,7 +214,7 @@ class LtxFamily:
             path=folder,
             family=LTX,
             layout=LAYOUT,
-            geometry=clip_geometry(vae),
+            geometry=geometry,
             text_width=transformer["caption_channels"],
             num_parameters={name: part.architecture.num_parameters for name, part in parts.items()},
             weights={name: part.weights for name, part in parts.items()},
@@ -286,7 +287,7 @@ def require_ltx_index(folder: Path) -> None:
     index = read_model_json(folder / INDEX_FILE)
     expected = {"_class_name": _PIPELINE_CLASS, **_CLASSES}
     for key, value in expected.items():
-        left_out = key == TEXT_ENCODER and lacks_weights(folder / key)
+        left_out = key in LAYOUT.dispensable and lacks_weights(folder / key)
         if index.get(key) != value and not (left_out and index.get(key) in (None, [None, None])):
             found = f"{key} is {index.get(key)!r}"
             raise ModelFolderError(
@@ -349,6 +350,23 @@ def clip_geometry(vae: Mapping[str, Any]) -> ClipGeometry:
     temporal = vae.get("temporal_compression_ratio") or vae["patch_size_t"] * halvings
     spatial = vae.get("spatial_compression_ratio") or vae["patch_size"] * halvings
     return ClipGeometry(vae["latent_channels"], temporal, spatial)
+
+
+def ltx_geometry(folder: Path, denoiser: Mapping[str, Any]) -> ClipGeometry:
+    """Sizes of latents of a folder, also without its autoencoder's configuration.
+
+    Args:
+        folder: The folder.
+        denoiser: Configuration of its denoiser.
+
+    Raises:
+        ModelFolderError: The configuration cannot be read, or there is none, and no released model
+            has so many channels.
+    """
+    if os.path.lexists(folder / VAE / CONFIG_FILE):
+        return clip_geometry(read_ltx_component(folder, VAE))
+    released = [shape.geometry for shape in _TRAITS.released.values()]
+    return geometry_as_released(folder, VAE, denoiser["in_channels"], (1, 1, 1), released)
 
 
 def _require_released_kind(part: Path, config: Mapping[str, Any]) -> None:

@@ -19,11 +19,7 @@ from workers.models.configs import (
     read_model_json,
     require_plain_weights,
 )
-from workers.models.folder import (
-    FolderLayout,
-    one_denoiser_layout,
-    require_autoencoder,
-)
+from workers.models.folder import FolderLayout, one_denoiser_layout
 from workers.models.weights import DIFFUSERS_STEM, lacks_weights
 
 TRANSFORMER, VAE, TEXT_ENCODER = "transformer", "vae", "text_encoder"
@@ -70,7 +66,7 @@ class WanConfigs:
     Attributes:
         path: The folder.
         index: Content of model_index.json.
-        components: Content of config.json by component; without a text encoder that was left out.
+        components: Content of config.json by component; without those that were left out.
     """
 
     path: Path
@@ -87,12 +83,13 @@ def read_configs(folder: str | Path, layout: FolderLayout = LAYOUT) -> WanConfig
     """
     path = Path(folder)
     require_supported_index(path, layout)
-    require_autoencoder(path, layout)
-    own = [name for name in layout.weights if name in EXPERTS_LAYOUT.weights]
-    # Where all embeddings are stored, nobody needs it.
-    if lacks_weights(path / TEXT_ENCODER):
-        own.remove(TEXT_ENCODER)
-    components = {name: read_component(path, name) for name in own}
+    components = {
+        name: read_component(path, name)
+        for name in layout.weights
+        if name in EXPERTS_LAYOUT.weights
+        # Where all embeddings are stored, or nothing is decoded, nobody needs them.
+        and not (name in LAYOUT.dispensable and lacks_weights(path / name))
+    }
     require_alike(path, [components[name] for name in layout.denoisers if name in components])
     return WanConfigs(path, read_model_json(path / INDEX_FILE), components)
 
@@ -128,7 +125,7 @@ def require_wan_index(folder: Path) -> Mapping[str, Any]:
         raise _unsupported(folder, found, f"_class_name {_PIPELINE_CLASS!r}, text to video")
     classes = _CLASSES if pipeline == _PIPELINE_CLASS else _CLASSES | TRANSITION_CLASSES
     for component, expected in classes.items():
-        left_out = component == TEXT_ENCODER and lacks_weights(folder / component)
+        left_out = component in LAYOUT.dispensable and lacks_weights(folder / component)
         if index.get(component) != expected and not (
             left_out and index.get(component) in (None, [None, None])
         ):

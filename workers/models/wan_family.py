@@ -9,6 +9,7 @@ No network library is imported before a method needs one, so `sgmd plan` can ask
 downloaded.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from workers.models.folder import (
     ClipGeometry,
     EncoderSizes,
     ModelFolder,
+    geometry_as_released,
 )
 from workers.models.sampling import ClipSampler, SamplingRules
 from workers.models.shape import DenoiserShape, ModelShape
@@ -118,6 +120,17 @@ WAN_TRAITS = FamilyTraits(
 )
 
 
+def wan_geometry(folder: Path, channels: int, patch_size: tuple[int, int, int]) -> ClipGeometry:
+    """Sizes of latents of a Wan folder without a configuration of its autoencoder.
+
+    Raises:
+        ModelFolderError: No released Wan has so many channels.
+    """
+    released = (RELEASED_GEOMETRY, _WIDE_STRIDE_GEOMETRY)
+    found = geometry_as_released(folder, VAE, channels, patch_size, released)
+    return replace(found, sampled_px=SAMPLED_PX)
+
+
 class WanFamily:
     """Wan 2.1 and 2.2 text-to-video models with one denoiser; see `ModelFamily`."""
 
@@ -137,7 +150,6 @@ class WanFamily:
     def read_single(self, folder: Path) -> ModelShape:
         """Read the shape of `transformer` and the autoencoder, whatever else is in the folder."""
         config = read_component(folder, TRANSFORMER)
-        vae = read_model_json(folder / VAE / CONFIG_FILE)
         try:
             shape = WanShape.from_config(config)
         except (KeyError, TypeError, ValueError) as error:
@@ -147,6 +159,9 @@ class WanFamily:
                 "the configuration of a Wan denoiser",
                 REMEDY,
             ) from error
+        if not os.path.lexists(folder / VAE / CONFIG_FILE):
+            return ModelShape(shape, wan_geometry(folder, shape.out_channels, shape.patch_size))
+        vae = read_model_json(folder / VAE / CONFIG_FILE)
         geometry = ClipGeometry(
             shape.out_channels,
             vae.get("scale_factor_temporal", RELEASED_GEOMETRY.temporal_factor),

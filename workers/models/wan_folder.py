@@ -3,6 +3,7 @@
 configurations -> networks without weights -> names, shapes and dtypes in the headers
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from workers.models.architecture import (
     build_without_weights,
     check_network,
 )
+from workers.models.configs import CONFIG_FILE
 from workers.models.folder import ClipGeometry, FolderLayout, ModelFolder
 from workers.models.wan_configs import (
     EXPERTS_LAYOUT,
@@ -25,7 +27,7 @@ from workers.models.wan_configs import (
     read_component,
     read_configs,
 )
-from workers.models.wan_family import SAMPLED_PX, WAN
+from workers.models.wan_family import SAMPLED_PX, WAN, wan_geometry
 from workers.models.weights import ForeignNames
 
 _SCRIPT = "scripts/convert_wan_to_diffusers.py of diffusers"
@@ -88,31 +90,18 @@ def inspect_wan_folder(
     """
     configs = read_configs(folder, layout)
     parts = {name: check_component(configs.path, name) for name in configs.components}
-    transformer, vae = parts[TRANSFORMER].config, parts[VAE].config
-    _require_alike(
-        configs.path,
-        ("transformer in_channels", transformer["in_channels"]),
-        ("vae z_dim", vae["z_dim"]),
-    )
+    transformer = parts[TRANSFORMER].config
     if TEXT_ENCODER in parts:
         _require_alike(
             configs.path,
             ("transformer text_dim", transformer["text_dim"]),
             ("text_encoder d_model", parts[TEXT_ENCODER].config["d_model"]),
         )
-    _require_statistics(configs.path / VAE, vae)
-    frames, rows, columns = transformer["patch_size"]
     return ModelFolder(
         path=configs.path,
         family=family,
         layout=layout,
-        geometry=ClipGeometry(
-            latent_channels=vae["z_dim"],
-            temporal_factor=vae["scale_factor_temporal"],
-            spatial_factor=vae["scale_factor_spatial"],
-            patch_size=(frames, rows, columns),
-            sampled_px=SAMPLED_PX,
-        ),
+        geometry=_geometry(configs.path, transformer, parts.get(VAE)),
         text_width=transformer["text_dim"],
         num_parameters={name: part.architecture.num_parameters for name, part in parts.items()},
         weights={name: part.weights for name, part in parts.items()},
@@ -137,6 +126,32 @@ def build_component(folder: Path, component: str) -> Any:  # noqa: ANN401  (a ne
     """
     config = read_component(folder, component)
     return build_without_weights(folder / component, config, _kind(component))
+
+
+def _geometry(
+    path: Path, transformer: dict[str, Any], autoencoder: CheckedComponent | None
+) -> ClipGeometry:
+    """Sizes of latents, also of a folder without the autoencoder's weights or configuration."""
+    frames, rows, columns = transformer["patch_size"]
+    if autoencoder is not None:
+        vae = autoencoder.config
+    elif os.path.lexists(path / VAE / CONFIG_FILE):
+        vae = dict(build_component(path, VAE).config)
+    else:
+        return wan_geometry(path, transformer["in_channels"], (frames, rows, columns))
+    _require_alike(
+        path,
+        ("transformer in_channels", transformer["in_channels"]),
+        ("vae z_dim", vae["z_dim"]),
+    )
+    _require_statistics(path / VAE, vae)
+    return ClipGeometry(
+        latent_channels=vae["z_dim"],
+        temporal_factor=vae["scale_factor_temporal"],
+        spatial_factor=vae["scale_factor_spatial"],
+        patch_size=(frames, rows, columns),
+        sampled_px=SAMPLED_PX,
+    )
 
 
 def _require_alike(path: Path, *settings: tuple[str, int]) -> None:

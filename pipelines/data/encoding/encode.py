@@ -54,7 +54,7 @@ from pipelines.data.stream.window import REASON
 from sgmd_core.errors import ConfigError, DataError
 from workers.models.content import fingerprint
 from workers.models.families import family_of
-from workers.models.folder import require_text_encoder
+from workers.models.folder import require_autoencoder, require_text_encoder
 from workers.models.vocabulary import UnknownWords
 
 _CHAPTER_SHARDS = 1000
@@ -340,6 +340,7 @@ def encodings_for(model: str, options: EncodeOptions) -> dict[str, Encoding]:
     shapes: list[tuple[int, ...]] = [()]
     vae = ""
     if not options.text_only:
+        require_autoencoder(folder, f"encoding videos with {model}")
         shapes = [folder.latent_shape(*shape[:3]) for shape in options.pixel_shapes]
         vae = fingerprint(model, [folder.layout.autoencoder])
     text_shape = (options.text_length, folder.text_width)
