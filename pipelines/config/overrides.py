@@ -136,8 +136,9 @@ def nearest_key(unknown: str, known: Sequence[str]) -> str | None:
     """The known dotted key that was probably meant, if any comes close.
 
     Tried in turn: a setting of the same name in another section, a key that is written almost the
-    same, a setting of almost the same name.
+    same, a setting of almost the same name. Case does not count.
     """
+    unknown = unknown.lower()
     name = unknown.rpartition(".")[2]
     misplaced = [key for key in known if key.rpartition(".")[2] == name]
     if misplaced:

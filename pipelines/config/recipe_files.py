@@ -6,6 +6,7 @@ A recipe may name another one as its `base` and hold only what it has otherwise.
 its settings, `pipelines.config.settings_check` says.
 """
 
+import difflib
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -80,16 +81,18 @@ def shipped_recipes() -> list[Recipe]:
     ]
 
 
-def find_recipe(name_or_path: str) -> Path:
+def find_recipe(name_or_path: str, named_by: Path | None = None) -> Path:
     """Path of a recipe; of one at an address, what `cluster.files.store_address` reads.
 
     Args:
         name_or_path: Name of a recipe that ships, path of a YAML file (with a `/` or `.yaml`) or of
             a run's folder, whose settings it is, or address of either.
+        named_by: The recipe whose base it is, beside which it is not.
 
     Raises:
         ConfigError: There is no such file, or no recipe of that name.
     """
+    where = f"neither beside {named_by} nor" if named_by else "no such file,"
     path, is_file_name = Path(name_or_path).expanduser(), name_or_path.endswith((".yaml", ".yml"))
     if store_address(path):
         return path if is_file_name else path / RUN_RECIPE
@@ -106,14 +109,17 @@ def find_recipe(name_or_path: str) -> Path:
             f"opening the recipe {name_or_path}",
             f"no {RUN_RECIPE} in this folder"
             if path.is_dir()
-            else f"no such file, seen from {Path.cwd()}",
+            else f"{where} seen from {Path.cwd()}",
             "a YAML file, or the folder of a run",
-            "`sgmd recipes copy NAME` makes one to start from",
+            f"The one that ships is called {path.stem}, without the suffix"
+            if path.stem in names
+            else "`sgmd recipes copy NAME` makes one to start from",
         )
     if name_or_path not in names:
+        near = difflib.get_close_matches(name_or_path.lower(), names, n=1)
         raise ConfigError(
-            "looking for a recipe that ships",
-            f"the name {name_or_path!r}",
+            "looking for a recipe that ships" + (f", as base of {named_by}" if named_by else ""),
+            f"the name {name_or_path!r}" + (f"; the nearest one is {near[0]}" if near else ""),
             f"one of {', '.join(names)}, or the path of a YAML file or of a run",
             "`sgmd recipes list` says what each is for",
         )
@@ -206,7 +212,9 @@ def recipe_sections(path: Path, kind: type, depth: int = 0) -> Mapping[str, Any]
         remedy = "Name a recipe that ships, or a file beside this one; `sgmd recipes list`"
         raise ConfigError(attempted, found, f"a recipe, at most {_MAX_BASES} in turn", remedy)
     beside = path.parent / base
-    below = recipe_sections(beside if beside.is_file() else find_recipe(base), kind, depth + 1)
+    below = recipe_sections(
+        beside if beside.is_file() else find_recipe(base, path), kind, depth + 1
+    )
     sections = {key.rpartition(".")[0] for key in known_keys(kind)}
     return apply_overrides(below, _changes(settings, sections, ()))
 

@@ -1,5 +1,7 @@
 """The section `sweep:` of a recipe: the space of settings, how it is searched, what ranks."""
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
@@ -169,14 +171,33 @@ class SweepSettings(Section):
         return any(each.choice is None for each in self.space.values())
 
 
+_NOT_SEARCHED = {
+    "seed": "seeds runs a point with several",
+    "name": "",
+    "output": "",
+    "iterations": "all trials have those of sweep.iterations",
+    "validation.every": "all trials are validated at sweep.validate_every",
+    "sweep": "a trial does not read it",
+    "study": "a trial does not read it",
+}
+"""Settings and sections that no point may have, each with what there is instead."""
+
+
 def _contradictions(sweep: SweepSettings) -> Iterator[str]:
     keys = {**sweep.grid, **sweep.space}
     for key in sweep.grid.keys() & sweep.space.keys():
         yield f"{key} is in grid and in space"
     for key in keys.keys() & sweep.settings.keys():
         yield f"{key} is searched, and settings gives it one value"
-    for key in {"seed", "name", "output"} & keys.keys():
-        yield f"{key} cannot be searched" + ("; seeds runs a point with several" * (key == "seed"))
+    for key in keys:
+        instead = _NOT_SEARCHED.get(key, _NOT_SEARCHED.get(key.partition(".")[0]))
+        if instead is not None:
+            yield f"{key} cannot be searched" + (f"; {instead}" if instead else "")
+    for key, each in keys.items():
+        values = each.choice if isinstance(each, Dimension) else each
+        counts = Counter(map(json.dumps, values or ()))
+        for value in (value for value, count in counts.items() if count > 1):
+            yield f"{key} has {value} more than once"
     for key, each in sweep.space.items():
         for other, wanted in each.when.items():
             if other == key or other not in keys:

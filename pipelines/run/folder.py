@@ -21,7 +21,7 @@ from cluster.logs import ANY, Kind, append_line, every_line, flush_log, is_numbe
 from cluster.redaction import has_user, without_secrets
 from cluster.storage import write_text
 from pipelines.config.recipe_files import RUN_RECIPE
-from pipelines.run.places import local_of, shared_place
+from pipelines.run.places import local_of, require_written_out, shared_place
 from pipelines.run.publisher import Publisher, publisher_of
 from pipelines.run.working_copy import PATIENCE
 from sgmd_core.errors import CheckpointError, ConfigError
@@ -117,10 +117,11 @@ def require_lasting_folder(folder: str | Path, setting: str) -> None:
         setting: Setting or option that gave it.
 
     Raises:
-        ConfigError: It lies in the package folder of a Ray job, or is an address with a user, or
-            one of a kind that is not known.
+        ConfigError: It lies in the package folder of a Ray job, is an address with a user or of a
+            kind that is not known, or names a variable or a user's home.
     """
     attempted = f"writing to {without_secrets(str(folder))} ({setting})"
+    require_written_out(folder, attempted)
     if address := store_address(folder):
         _require_address(address, attempted)
     elif _JOB_FOLDER in f"{Path(folder).absolute()}/":

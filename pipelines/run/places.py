@@ -6,11 +6,13 @@ knows the working copies that this process has open:
     s3://bucket/runs/x  <->  ~/.cache/sgmd/runs/x.HOST-7-1f/     local_of, shared_place
 """
 
+import re
 from pathlib import Path, PurePosixPath
 
 from cluster.files import store_address
 from sgmd_core.errors import ConfigError
 
+_VARIABLE = re.compile(r"(?:^|/)(\$(?:\w+|\{\w+\}))")
 _COPIES: dict[Path, str] = {}
 
 
@@ -66,6 +68,33 @@ def shared_place(path: str | Path) -> str:
         if found.is_relative_to(root):
             return f"{address}/{found.relative_to(root).as_posix()}"
     return str(path)
+
+
+def require_written_out(place: str | Path, attempted: str) -> None:
+    """Checks that results do not go to a place that a shell was meant to write out.
+
+    Args:
+        place: As it was given, with the home of this user in place of `~`.
+        attempted: Purpose, for the error.
+
+    Raises:
+        ConfigError: It names a variable or the home of an unknown user, or begins with a blank.
+    """
+    given = str(place)
+    if variable := _VARIABLE.search(given):
+        found = f"{variable[1]}, which nothing replaces here"
+    elif given.startswith("~"):
+        found = f"{given.partition('/')[0]}, the home of a user that this machine does not have"
+    elif not given[:1].strip():
+        found = "a path that begins with a blank" if given else "an empty path"
+    else:
+        return
+    raise ConfigError(
+        attempted,
+        found,
+        "a path or an address that is written out",
+        'Write it out; in a command a shell replaces a variable that stands in no quotes, or in "',
+    )
 
 
 def is_path_inside(name: str) -> bool:

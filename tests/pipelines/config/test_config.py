@@ -145,6 +145,8 @@ class TestOverrides:
             ("fake_score.lr", "fake_score.optimizer.lr"),
             ("fakescore.tracking", "fake_score.tracking"),
             ("itertions", "iterations"),
+            ("objective.LAMBDA_NR", "objective.lambda_nr"),
+            ("Iterations", "iterations"),
             ("batch_size", "batch.size"),
             ("zzzzzz", None),
         ],
@@ -288,6 +290,23 @@ class TestRecipes:
         assert load_recipe(str(above), ["batch.size=8"]) == config.with_settings(
             {"generator.optimizer.lr": 2e-5, "batch.size": 8}
         )
+
+    def test_a_base_that_is_nowhere_is_told_with_the_recipe_that_names_it(self, tmp_path):
+        path = tmp_path / "mine.yaml"
+        path.write_text("base: other.yaml\n")
+        with pytest.raises(ConfigError, match=f"neither beside {path} nor seen from"):
+            load_recipe(str(path))
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [("tinny", "the nearest one is tiny"), ("tiny.yaml", "called tiny, without the suffix")],
+    )
+    def test_a_recipe_that_ships_is_found_by_its_name_alone(
+        self, tmp_path, monkeypatch, name, words
+    ):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ConfigError, match=words):
+            load_recipe(name)
 
     @pytest.mark.parametrize("base", ["7", "mine.yaml"])
     def test_a_base_that_is_none_is_refused(self, tmp_path, base):

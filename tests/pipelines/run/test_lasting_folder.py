@@ -41,6 +41,26 @@ def test_an_unknown_kind_of_address_is_refused():
         require_lasting_folder("nowhere://bucket/runs", "output")
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("$SCRATCH/runs", r"\$SCRATCH, which nothing replaces"),
+        ("/data/${USER}", r"\$\{USER\}, which nothing"),
+        ("s3://bucket/$NAME", r"\$NAME, which nothing"),
+        ("~nosuch-user/runs", "~nosuch-user, the home of a user"),
+        ("''", "an empty path"),
+        ("' '", "begins with a blank"),
+    ],
+)
+def test_a_place_that_a_shell_was_meant_to_write_out_is_refused(given: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        run_preflight(load_recipe("tiny", [f"output={given}"]))
+
+
+def test_names_with_such_signs_inside_are_names(tmp_path):
+    require_lasting_folder(tmp_path / "a$b" / "c~d e", "output")
+
+
 def test_the_package_folder_of_a_job_is_refused(tmp_path, monkeypatch):
     package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
     package.mkdir(parents=True)

@@ -123,6 +123,13 @@ class TestRefusals:
             (f"{NR}: {{uniform: [0.0, 1.0]}}", "a range has no grid"),
             ("seed: {choice: [1, 2]}", "seeds runs a point with several"),
             (f"{NR}: {{uniform: [-1.0, 1.0]}}", "lambda_nr"),
+            (f"{NR}: {{choice: [0.1, 0.2, 0.1]}}", "has 0.1 more than once"),
+            ("iterations: {choice: [10, 20]}", "all trials have those of sweep.iterations"),
+            ("validation.every: {choice: [0, 20]}", "validated at sweep.validate_every"),
+            (
+                "sweep.iterations: {choice: [10, 20]}",
+                "sweep.iterations cannot be searched",
+            ),
         ],
     )
     def test_a_space_that_makes_no_sense(self, settings: str, words: str):
