@@ -26,6 +26,7 @@ from tests.helpers.forked_python import (
     share_forked_python,
     starting_forks,
 )
+from tests.helpers.remembered_checks import remember_checks
 from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3, use_server
 
 # OpenMP reads both when torch is loaded. There are more processes than cores: threads that wait for
@@ -37,6 +38,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Ray reads the mode when it is imported. The token is this session's, never the user's own.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+# Before a module of `sgmd_core` is imported.
+remember_checks()
 
 _HEAD_START_TIMEOUT_S = 180.0
 
