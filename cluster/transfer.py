@@ -20,8 +20,9 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
+from functools import cache
 from pathlib import PurePath
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from torch import Tensor
 from cluster.errors import TransferError
 
 _PLAIN = (type(None), int, float, complex, str, bytes, Enum, PurePath, np.generic, np.ndarray)
+_WITHOUT_PARTS = frozenset((type(None), bool, int, float, complex, str, bytes))
+"""The usual types of leaves, found without asking for each class that a value might belong to."""
 
 
 @runtime_checkable
@@ -96,10 +99,12 @@ def to_wire(value: object, where: str = "value", bf16_kinds: AbstractSet[str] = 
     Raises:
         TransferError: Something in the tree has no form on the wire; the error names the place.
     """
-    if isinstance(value, (*_PLAIN, SelfPacked)):
+    if type(value) in _WITHOUT_PARTS:
         return value
     if isinstance(value, Tensor):
         return _tensor_to_wire(value, where)
+    if isinstance(value, _PLAIN) or _declares(type(value), SelfPacked):
+        return value
     if type(value) is tuple or type(value) is list:
         return type(value)(
             to_wire(item, f"{where}[{i}]", bf16_kinds) for i, item in enumerate(value)
@@ -107,10 +112,12 @@ def to_wire(value: object, where: str = "value", bf16_kinds: AbstractSet[str] = 
     if isinstance(value, Mapping):
         return {key: to_wire(item, f"{where}[{key!r}]", bf16_kinds) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        kinds = value.WIRE_KINDS if isinstance(value, HasWireKinds) else {}
+        kinds: Mapping[str, str] = (
+            cast(Any, value).WIRE_KINDS if _declares(type(value), HasWireKinds) else {}
+        )
         values: dict[str, object] = {}
-        for field in (field for field in fields(value) if field.init):
-            name, own = field.name, getattr(value, field.name)
+        for name in _names_of(type(value)):
+            own = getattr(value, name)
             if (
                 kinds.get(name) in bf16_kinds
                 and isinstance(own, Tensor)
@@ -152,6 +159,8 @@ def array_in(value: object, where: str = "result") -> str | None:
 
 def array_bytes(value: object) -> int:
     """Bytes of all arrays in a tree that `to_wire` made."""
+    if type(value) in _WITHOUT_PARTS:
+        return 0
     if isinstance(value, WireTensor):
         return value.array.nbytes
     if isinstance(value, np.ndarray):
@@ -178,6 +187,8 @@ def require_constants(value: object, where: str = "value") -> None:
 
 def parts_of(value: object) -> list[tuple[str, object]]:
     """Returns the parts of a container or record, each with its place; of other values, nothing."""
+    if type(value) in _WITHOUT_PARTS:
+        return []
     if isinstance(value, WireRecord):
         return [(f".{name}", part) for name, part in value.values.items()]
     if isinstance(value, tuple | list):
@@ -185,8 +196,21 @@ def parts_of(value: object) -> list[tuple[str, object]]:
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", part) for key, part in value.items()]
     if is_dataclass(value) and not isinstance(value, type):
-        return [(f".{one.name}", getattr(value, one.name)) for one in fields(value) if one.init]
+        return [(f".{name}", getattr(value, name)) for name in _names_of(type(value))]
     return []
+
+
+@cache
+def _declares(kind: type, protocol: type) -> bool:
+    """Returns True if the instances of a class are of a protocol of class variables."""
+    # Asked once a class: `isinstance` would look for the variables in every value.
+    return all(hasattr(kind, name) for name in protocol.__annotations__)
+
+
+@cache
+def _names_of(record: type) -> tuple[str, ...]:
+    """Names of the fields that a dataclass is called with."""
+    return tuple(field.name for field in fields(record) if field.init)
 
 
 def _in_bf16(tensor: Tensor, where: str) -> WireTensor:
