@@ -2,44 +2,17 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from pipelines.config.model_folders import models_of_roles, same_model
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import TopologySettings
-from workers.settings import FakeScoreSettings, GeneratorSettings, ModelSettings, TeacherSettings
+
+if TYPE_CHECKING:
+    from pipelines.config.recipe import DistillConfig
 
 
-class RoleSections(Protocol):
-    """Sections of a recipe that decide which role has which weights."""
-
-    @property
-    def model(self) -> ModelSettings:
-        """Section `model`."""
-        ...
-
-    @property
-    def generator(self) -> GeneratorSettings:
-        """Section `generator`."""
-        ...
-
-    @property
-    def fake_score(self) -> FakeScoreSettings:
-        """Section `fake_score`."""
-        ...
-
-    @property
-    def teacher(self) -> TeacherSettings:
-        """Section `teacher`."""
-        ...
-
-    @property
-    def topology(self) -> TopologySettings:
-        """Section `topology`."""
-        ...
-
-
-def adapted_roles(config: RoleSections) -> tuple[str, ...]:
+def adapted_roles(config: "DistillConfig") -> tuple[str, ...]:
     """Roles that train adapters."""
     found = {GENERATOR: config.generator.lora, FAKE_SCORE: config.fake_score.lora}
     return tuple(role for role, lora in found.items() if lora is not None)
@@ -51,7 +24,7 @@ def share_process(topology: TopologySettings, first: str, second: str) -> bool:
     return topology.mode == "local" or bool({*places[first]} & {*places[second]})
 
 
-def teacher_is_base(config: RoleSections) -> bool:
+def teacher_is_base(config: "DistillConfig") -> bool:
     """Returns True if the teacher is the base of adapters in a process of its own."""
     models = models_of_roles(config)
     return any(
@@ -60,7 +33,7 @@ def teacher_is_base(config: RoleSections) -> bool:
     )
 
 
-def lora_contradictions(config: RoleSections) -> list[str]:
+def lora_contradictions(config: "DistillConfig") -> list[str]:
     """Returns what does not go with adapters, as sentences."""
     adapted = adapted_roles(config)
     if not adapted:

@@ -1,9 +1,8 @@
 """Kernels of attention in a recipe: what the roles' derivatives and devices ask of them."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from pipelines.config.methods import ObjectiveSettings
 from pipelines.config.roles import GENERATOR, TEACHER
 from pipelines.config.topology import TopologySettings
 from sgmd_core.objectives import GradientPath
@@ -11,27 +10,11 @@ from sgmd_core.objectives.consistency import consistency_of
 from workers.attention import KERNELS
 from workers.network_settings import ComputeSettings
 
-
-class ComputedSections(Protocol):
-    """Sections of a recipe that decide how roles are computed."""
-
-    @property
-    def objective(self) -> ObjectiveSettings:
-        """Section `objective`."""
-        ...
-
-    @property
-    def topology(self) -> TopologySettings:
-        """Section `topology`."""
-        ...
-
-    @property
-    def computes(self) -> Mapping[str, ComputeSettings]:
-        """Sections `compute` by role."""
-        ...
+if TYPE_CHECKING:
+    from pipelines.config.recipe import DistillConfig
 
 
-def attention_contradictions(config: ComputedSections) -> list[str]:
+def attention_contradictions(config: "DistillConfig") -> list[str]:
     """Returns what does not go with the roles' kernels of attention, as sentences."""
     problems: list[str] = []
     method, topology = config.objective.method, config.topology

@@ -1,31 +1,19 @@
 """Sizes of a recipe's clips against the networks: shapes of latents, or a refusal."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ShapeError
 from workers.clip_settings import VideoSettings
 from workers.models.family import SamplingRules
 from workers.models.folder import LatentShape
-from workers.network_settings import ComputeSettings
+
+if TYPE_CHECKING:
+    from pipelines.config.recipe import DistillConfig
 
 _log = logging.getLogger(__name__)
-
-
-class SizedSections(Protocol):
-    """Sections of a recipe that say at which sizes its networks are computed."""
-
-    @property
-    def video(self) -> VideoSettings:
-        """Section `video`."""
-        ...
-
-    @property
-    def computes(self) -> Mapping[str, ComputeSettings]:
-        """Sections `compute` of the roles."""
-        ...
 
 
 def trained_shapes(
@@ -89,7 +77,7 @@ def require_samplable(video: VideoSettings, rules: SamplingRules) -> None:
         )
 
 
-def compiled_sizes(config: SizedSections) -> Iterator[str]:
+def compiled_sizes(config: "DistillConfig") -> Iterator[str]:
     """Returns a sentence where compiled layers meet several sizes."""
     compiled = [role for role, compute in config.computes.items() if compute.compile]
     if len(config.video.trained) > 1 and compiled:

@@ -1,15 +1,14 @@
 """A method with a consistency term in a recipe: what its derivatives and its sampler ask for."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from pipelines.config.methods import ObjectiveSettings
 from pipelines.config.roles import GENERATOR, ROLES
-from pipelines.config.topology import TopologySettings
 from sgmd_core.objectives.consistency import ConsistentObjective, consistency_of
 from sgmd_core.objectives.meanflow import flow_of
-from sgmd_core.schedule import FlowMatchSchedule
-from workers.settings import GeneratorSettings
+
+if TYPE_CHECKING:
+    from pipelines.config.recipe import DistillConfig
 
 _LEAST_NORM = 1e3
 """Least `max_grad_norm` for losses that are sums: usual limits are for means, and clip each step.
@@ -18,31 +17,7 @@ Published runs clip nothing, which 1e6 comes to.
 """
 
 
-class ConsistencySections(Protocol):
-    """Sections of a recipe that decide how a generator learns consistency."""
-
-    @property
-    def objective(self) -> ObjectiveSettings:
-        """Section `objective`."""
-        ...
-
-    @property
-    def schedule(self) -> FlowMatchSchedule:
-        """Section `schedule`."""
-        ...
-
-    @property
-    def generator(self) -> GeneratorSettings:
-        """Section `generator`."""
-        ...
-
-    @property
-    def topology(self) -> TopologySettings:
-        """Section `topology`."""
-        ...
-
-
-def consistency_contradictions(config: ConsistencySections) -> list[str]:
+def consistency_contradictions(config: "DistillConfig") -> list[str]:
     """Returns what does not go with a derivative of the generator, as sentences."""
     if consistency_of(config.objective) is None:
         return rounded_derivatives(config)
@@ -66,7 +41,7 @@ def consistency_contradictions(config: ConsistencySections) -> list[str]:
     return problems
 
 
-def rounded_derivatives(config: ConsistencySections) -> list[str]:
+def rounded_derivatives(config: "DistillConfig") -> list[str]:
     """Returns a sentence where a derivative of the generator would have too few digits."""
     method, compute = config.objective.method, config.generator.compute
     takes_one = consistency_of(config.objective) or flow_of(config.objective)
@@ -82,7 +57,7 @@ def rounded_derivatives(config: ConsistencySections) -> list[str]:
     ]
 
 
-def clipped_sums(config: ConsistencySections) -> Iterator[str]:
+def clipped_sums(config: "DistillConfig") -> Iterator[str]:
     """Returns a sentence where gradients of summed losses are clipped in every update."""
     norm = config.generator.optimizer.max_grad_norm
     if isinstance(config.objective, ConsistentObjective) and norm < _LEAST_NORM:

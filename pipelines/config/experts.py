@@ -1,48 +1,19 @@
 """One expert of two in a recipe: the iterations that it has, and what does not go with it."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from pipelines.config.methods import ObjectiveSettings
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import adversary_of, looks_of, phases_of
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.phases import Phases, expert_phases
-from sgmd_core.schedule import FlowMatchSchedule
-from workers.settings import GeneratorSettings, ModelSettings, TeacherSettings
+
+if TYPE_CHECKING:
+    from pipelines.config.recipe import DistillConfig
 
 
-class ExpertSections(Protocol):
-    """Sections of a recipe that decide which noise levels are trained."""
-
-    @property
-    def model(self) -> ModelSettings:
-        """Section `model`."""
-        ...
-
-    @property
-    def schedule(self) -> FlowMatchSchedule:
-        """Section `schedule`."""
-        ...
-
-    @property
-    def objective(self) -> ObjectiveSettings:
-        """Section `objective`."""
-        ...
-
-    @property
-    def generator(self) -> GeneratorSettings:
-        """Section `generator`."""
-        ...
-
-    @property
-    def teacher(self) -> TeacherSettings:
-        """Section `teacher`."""
-        ...
-
-
-def phases_in(config: ExpertSections) -> Phases | None:
+def phases_in(config: "DistillConfig") -> Phases | None:
     """Phases of a run: those of its method, or the one of an expert that is trained alone.
 
     Raises:
@@ -54,7 +25,7 @@ def phases_in(config: ExpertSections) -> Phases | None:
     return expert_phases(config.schedule, steps, config.model.boundary, expert)
 
 
-def expert_contradictions(config: ExpertSections) -> Iterator[str]:
+def expert_contradictions(config: "DistillConfig") -> Iterator[str]:
     """Sentences on what does not go with one expert that is trained alone."""
     expert, method = config.model.alone, config.objective.method
     if expert is None:
@@ -98,7 +69,7 @@ def expert_contradictions(config: ExpertSections) -> Iterator[str]:
 
 
 def _diversity_contradictions(
-    config: ExpertSections, phases: Phases, setting: str
+    config: "DistillConfig", phases: Phases, setting: str
 ) -> Iterator[str]:
     diversity = config.generator.diversity
     if not diversity.enabled:

@@ -1,36 +1,19 @@
 """Models that a recipe names: which role starts from which, and where they are on this machine."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from workers.models.addresses import is_address, local_model
-from workers.settings import FakeScoreSettings, ModelSettings, TeacherSettings
+
+if TYPE_CHECKING:
+    from pipelines.config.recipe import DistillConfig
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-"""Where the source tree and its `assets/` are."""
+"""Folder of the source tree, which has the `assets/`."""
 
 
-class ModelSections(Protocol):
-    """Sections of a recipe that name models."""
-
-    @property
-    def model(self) -> ModelSettings:
-        """Section `model`."""
-        ...
-
-    @property
-    def fake_score(self) -> FakeScoreSettings:
-        """Section `fake_score`."""
-        ...
-
-    @property
-    def teacher(self) -> TeacherSettings:
-        """Section `teacher`."""
-        ...
-
-
-def models_of_roles(config: ModelSections) -> dict[str, str]:
+def models_of_roles(config: "DistillConfig") -> dict[str, str]:
     """The model that each role starts from, as the recipe names it."""
     own = config.model.folder
     teacher = config.teacher.model or own

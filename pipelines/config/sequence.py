@@ -1,23 +1,15 @@
 """Samples that several ranks work on together: what `compute.ulysses` asks of a recipe."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from cluster.schedule.program import Team
-from pipelines.config.attention import ComputedSections
 from pipelines.config.roles import GENERATOR
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives.consistency import consistency_of
 from workers.models.folder import LatentShape
 from workers.models.shape import DenoiserShape
 
-
-class SplitSections(ComputedSections, Protocol):
-    """Sections of a recipe that decide which ranks work together."""
-
-    @property
-    def teams(self) -> dict[str, Team]:
-        """The processes of each role."""
-        ...
+if TYPE_CHECKING:
+    from pipelines.config.recipe import DistillConfig
 
 
 def require_divisible(
@@ -46,7 +38,7 @@ def require_divisible(
             )
 
 
-def sequence_contradictions(config: SplitSections) -> list[str]:
+def sequence_contradictions(config: "DistillConfig") -> list[str]:
     """Returns what does not go with samples that ranks share, as sentences."""
     problems: list[str] = []
     for role, compute in config.computes.items():

@@ -6,50 +6,17 @@ the method's result, and is not.
 
 import logging
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from pipelines.config.methods import ObjectiveSettings
 from sgmd_core.objectives.cdm import CdmObjective
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.phases import Phases
-from workers.settings import FakeScoreSettings, GeneratorSettings
+
+if TYPE_CHECKING:
+    from pipelines.config.recipe import DistillConfig
 
 
-class LimitedRun(Protocol):
-    """Settings that decide how far a run comes: of a `pipelines.config.recipe.DistillConfig`."""
-
-    @property
-    def iterations(self) -> int:
-        """Updates of the generator."""
-        ...
-
-    @property
-    def objective(self) -> ObjectiveSettings:
-        """Section `objective`."""
-        ...
-
-    @property
-    def generator(self) -> GeneratorSettings:
-        """Section `generator`."""
-        ...
-
-    @property
-    def fake_score(self) -> FakeScoreSettings:
-        """Section `fake_score`."""
-        ...
-
-    @property
-    def fresh_updates(self) -> int:
-        """Updates of the fake score per iteration that see new samples."""
-        ...
-
-    @property
-    def phases(self) -> Phases | None:
-        """Phases of the iterations; None without any."""
-        ...
-
-
-def warn_of_unreached(run: LimitedRun, who: str, log: logging.Logger) -> None:
+def warn_of_unreached(run: "DistillConfig", who: str, log: logging.Logger) -> None:
     """Warns of each part that runs are too short for.
 
     Args:
@@ -61,7 +28,7 @@ def warn_of_unreached(run: LimitedRun, who: str, log: logging.Logger) -> None:
         log.warning("%s: %s", who, sentence)
 
 
-def unreached_parts(run: LimitedRun) -> Iterator[str]:
+def unreached_parts(run: "DistillConfig") -> Iterator[str]:
     """Returns a sentence for each part of a method, and each rate, that a run is too short for."""
     objective, iterations = run.objective, run.iterations
     yield from _unreached_rates(run)
@@ -89,7 +56,7 @@ def unreached_parts(run: LimitedRun) -> Iterator[str]:
             )
 
 
-def _unreached_rates(run: LimitedRun) -> Iterator[str]:
+def _unreached_rates(run: "DistillConfig") -> Iterator[str]:
     """Warm-ups that are not over when the run is."""
     of_fake_score = run.iterations * max(1, run.fresh_updates)
     for role, own, updates in (
