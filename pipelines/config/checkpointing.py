@@ -1,24 +1,15 @@
 """Settings of saving, validating and keeping the states of a run."""
 
-import difflib
+from functools import partial
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from pipelines.config.figures import FIGURES, Mode
+from pipelines.config.figures import FIGURES, Mode, known_figure
 from pipelines.config.section import Section
 from sgmd_core.schedule import MAX_STEPS
 
-
-def _is_a_figure(name: str) -> str:
-    if name in FIGURES:
-        return name
-    close = difflib.get_close_matches(name, FIGURES, n=1)
-    hint = f"; the nearest one is {close[0]}" if close else f": {', '.join(FIGURES)}"
-    raise ValueError(f"{name!r} is no figure of a validation{hint}")
-
-
-Figure = Annotated[str, AfterValidator(_is_a_figure)]
+Figure = Annotated[str, AfterValidator(partial(known_figure, FIGURES, "validation"))]
 """Name of something that a validation measures."""
 
 
@@ -34,9 +25,9 @@ class CheckpointSettings(Section):
     score: Figure = "frechet"
     """The validation figure that ranks them."""
     mode: Mode = "min"
-    """Whether a small or a large score is good."""
+    """Direction of a good score: `min`, a small one, or `max`."""
     background: bool = True
-    """Whether training goes on while a copy of the state is written; the copy takes main memory."""
+    """Continue training while a copy of the state is written; the copy takes main memory."""
     stop_after_s: float = Field(default=300.0, gt=0)
     """Seconds that a stop (Ctrl-C, SIGTERM) waits for the iteration under way."""
 
@@ -51,7 +42,7 @@ class ValidationSettings(Section):
     teacher_steps: int = Field(default=30, ge=1, le=MAX_STEPS)
     """Steps of the teacher's clips, which the generator's are compared with."""
     timeout_s: float = Field(default=7200.0, gt=0)
-    """How long the run waits at its end for each validation that is still under way."""
+    """Seconds that the run waits at its end for each validation that is still under way."""
     teacher_clips: str | None = None
     """Folder of what was measured of the teacher's clips, a path or an address, which runs may
     share; null: `teacher-clips` in the run folder. The trials of a sweep share one."""

@@ -1,10 +1,11 @@
 """The section `study:` of a recipe: what is compared, on which budget, and how it is measured."""
 
-import difflib
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
+from pipelines.config.figures import known_figure
 from pipelines.config.section import Section
 from workers.measures import MEASURES
 
@@ -14,16 +15,9 @@ VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 SHARE_SLACK = 0.98
 """Of a share of a budget: a third, written as 0.33, reaches the first of three points."""
 
-_NOT_OF_STUDIES = ("frechet_floor", "seconds_per_clip")
-
-
-def _is_measured(name: str) -> str:
-    known = [each.name for each in MEASURES if each.name not in _NOT_OF_STUDIES]
-    if name in known:
-        return name
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; the nearest one is {close[0]}" if close else f": {', '.join(known)}"
-    raise ValueError(f"{name!r} is no figure of a study{hint}")
+_OF_STUDIES = tuple(
+    each.name for each in MEASURES if each.name not in ("frechet_floor", "seconds_per_clip")
+)
 
 
 class Hypothesis(Section):
@@ -33,12 +27,12 @@ class Hypothesis(Section):
     """The variant that is expected to be better."""
     baseline: VariantName
     """The one it is compared with, seed by seed."""
-    figure: Annotated[str, AfterValidator(_is_measured)]
-    """What is compared, as `results.csv` names it."""
+    figure: Annotated[str, AfterValidator(partial(known_figure, _OF_STUDIES, "study"))]
+    """Figure that is compared, as `results.csv` names it."""
     better: Literal["lower", "higher", "nearer"] = "lower"
-    """Which value is better; `nearer`: the one that differs less from the teacher's."""
+    """Direction of the better value; `nearer`: the one that differs less from the teacher's."""
     by: float = Field(default=0.0, allow_inf_nan=False)
-    """By how much at least, in the figure's unit. Below 0: not worse by more than that."""
+    """Least difference, in the figure's unit. Below 0: not worse by more than that."""
     of_budget: float = Field(default=1.0, gt=0, le=1)
     """Share of the budget after which the variant is measured; the baseline always has all of it.
     For claims of the kind "a third of the cost"."""
@@ -52,20 +46,20 @@ class BudgetSettings(Section):
     passes of the networks over one batch, a backward pass counted by what it costs; see
     `pipelines.planning.passes`."""
     amount: float = Field(default=100.0, gt=0)
-    """How much of it."""
+    """Size of the budget, in its unit."""
 
 
 class StudySettings(Section):
     """Comparison of `sgmd study`: every variant with every seed, each on the same budget."""
 
     variants: dict[VariantName, dict[str, JsonValue]] = Field(default_factory=dict)
-    """By name, what a variant has otherwise than the recipe, by dotted key."""
+    """Settings in which each variant differs from the recipe, by its name and by dotted key."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0, 1, 2])
     """Each variant is run once with each."""
     budget: BudgetSettings = BudgetSettings()
     """The same for every run."""
     settings: dict[str, JsonValue] = Field(default_factory=dict)
-    """What every run has otherwise than the recipe, by dotted key."""
+    """Settings in which every run differs from the recipe, by dotted key."""
     measurements: int = Field(default=3, ge=1)
     """Points of a run that are measured, the last one its end. Each one costs a checkpoint."""
     num_captions: int = Field(default=128, ge=2)
