@@ -17,8 +17,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cluster.errors import StorageError
-from cluster.files import open_store, sha256_of, storage_errors
-from cluster.storage import file_sizes, read_json, write_json
+from cluster.files import open_store, opened_store, sha256_of, storage_errors
+from cluster.storage import file_sizes, is_folder, read_json, write_json
 
 MANIFEST = "manifest.json"
 _SET_ASIDE = "manifest.json.broken"
@@ -46,11 +46,7 @@ class Checkpoints:
     def begin(self, step: int) -> None:
         """Takes away what stands in a step's folder; call it before its parts are written."""
         folder = self.folder(step)
-        with storage_errors(f"clearing {folder}"):
-            files, path = open_store(folder)
-            files.invalidate_cache()
-            is_there = files.isdir(path)
-        if is_there:
+        if is_folder(folder):
             self._delete(step)
 
     def commit(
@@ -139,9 +135,7 @@ class Checkpoints:
 
     def all_steps(self) -> list[int]:
         """Steps of all folders, complete or not, oldest first."""
-        with storage_errors(f"listing {self.root}"):
-            files, path = open_store(self.root)
-            files.invalidate_cache()
+        with opened_store(self.root, f"listing {self.root}") as (files, path):
             try:
                 entries = files.ls(path, detail=False)
             except FileNotFoundError:
@@ -160,8 +154,7 @@ class Checkpoints:
     def set_aside(self, step: int) -> None:
         """Makes a broken checkpoint count no longer; its parts stay until it is pruned."""
         folder = self.folder(step)
-        with storage_errors(f"setting {folder} aside"):
-            files, path = open_store(folder)
+        with opened_store(folder, f"setting {folder} aside") as (files, path):
             if files.exists(f"{path}/{MANIFEST}"):
                 files.mv(f"{path}/{MANIFEST}", f"{path}/{_SET_ASIDE}")
 
@@ -200,8 +193,7 @@ class Checkpoints:
 
     def _delete(self, step: int) -> None:
         folder = self.folder(step)
-        with storage_errors(f"deleting {folder}"):
-            files, path = open_store(folder)
+        with opened_store(folder, f"deleting {folder}") as (files, path):
             # Without its manifest it no longer exists, should we die half-way.
             if files.exists(f"{path}/{MANIFEST}"):
                 files.rm_file(f"{path}/{MANIFEST}")

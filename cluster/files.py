@@ -149,6 +149,26 @@ def open_store(
     return files, path.rstrip("/") or path
 
 
+@contextmanager
+def opened_store(
+    address: str | Path, attempted: str, patience: "S3Settings | None" = None
+) -> Iterator[tuple[Any, str]]:
+    """The file system of a path or URL, which lists anew, and the path in it; as a context.
+
+    Args:
+        address: As `open_store` takes it.
+        attempted: As `storage_errors` takes it.
+        patience: As `open_store` takes it.
+
+    Raises:
+        StorageError: The file system fails inside of it.
+    """
+    with storage_errors(attempted):
+        files, path = open_store(address, patience)
+        files.invalidate_cache()
+        yield files, path
+
+
 def store_address(place: str | Path) -> str:
     """The address of an object store, `s3://bucket/prefix`; empty for a path of a disk.
 
@@ -401,6 +421,12 @@ def sync_folder(folder: str | Path) -> None:
 def delete_folder(folder: str | Path) -> None:
     """Deletes a local folder with all that is in it, as far as the system permits."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def cache_folder(kind: str) -> Path:
+    """Folder in the user's cache for files that can be made again; it may not be there."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sgmd" / kind
 
 
 def _target(path: str | Path) -> Path:

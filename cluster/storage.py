@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cluster.errors import StorageError
-from cluster.files import open_store, storage_errors, write_whole
+from cluster.files import open_store, opened_store, storage_errors, write_whole
 
 
 def read_text(url: str) -> str:
@@ -59,9 +59,7 @@ def is_folder(url: str) -> bool:
     Raises:
         StorageError: The store does not say.
     """
-    with storage_errors(f"looking for {url}"):
-        files, path = open_store(url)
-        files.invalidate_cache()
+    with opened_store(url, f"looking for {url}") as (files, path):
         return bool(files.isdir(path))
 
 
@@ -71,17 +69,13 @@ def file_size(url: str) -> int:
     Raises:
         StorageError: It is not there, or the store does not say.
     """
-    with storage_errors(f"looking at {url}"):
-        files, path = open_store(url)
-        files.invalidate_cache()
+    with opened_store(url, f"looking at {url}") as (files, path):
         return int(files.info(path)["size"])
 
 
 def file_sizes(folder: str) -> dict[str, int]:
     """Size in bytes of every file under a folder, by relative path."""
-    with storage_errors(f"listing {folder}"):
-        files, path = open_store(folder)
-        files.invalidate_cache()
+    with opened_store(folder, f"listing {folder}") as (files, path):
         found = dict(files.find(path, detail=True))
     return {
         str(PurePosixPath(name).relative_to(path)): entry["size"]

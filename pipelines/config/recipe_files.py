@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from cluster.files import open_store, storage_errors, store_address
+from cluster.files import opened_store, store_address
 from cluster.redaction import without_secrets
 from pipelines.config.captions_of_jobs import with_captions_beside
 from pipelines.config.overrides import Override, apply_overrides, parse_override
@@ -141,10 +141,7 @@ def recipe_text(path: Path) -> str:
     if not address:
         with path.open(encoding="utf-8-sig") as file:
             return file.read(MAX_CHARACTERS + 1)
-    with storage_errors(f"reading the recipe {address}"):
-        files: Any
-        files, name = open_store(address)
-        files.invalidate_cache()
+    with opened_store(address, f"reading the recipe {address}") as (files, name):
         is_there = files.isfile(name)
         content = files.cat_file(name, start=0, end=4 * MAX_CHARACTERS + 1) if is_there else b""
     if not is_there:

@@ -1,8 +1,6 @@
 """Look at a model that a run would load: is it there, whole, and text-to-video."""
 
-from typing import Any
-
-from cluster.files import open_store, storage_errors
+from cluster.files import opened_store
 from pipelines.config.model_folders import model_on_this_machine
 from pipelines.doctoring.findings import Finding, Status
 from sgmd_core.errors import SgmdError
@@ -43,9 +41,8 @@ def stored_sizes(model: str) -> dict[str, int]:
     Raises:
         StorageError: It cannot be listed.
     """
-    with storage_errors(f"listing {model}"):
-        files, root = open_store(model)
-        objects: Any = files.find(root, detail=True)
+    with opened_store(model, f"listing {model}") as (files, root):
+        objects = files.find(root, detail=True)
     return {name: facts["size"] for name, facts in sorted(objects.items())}
 
 

@@ -36,7 +36,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from cluster.files import open_store, storage_errors, store_address
+from cluster.files import opened_store, store_address
 from cluster.folders import folder_here, whole_folder_at
 from cluster.lease import Lease, hold_replaced
 from cluster.ray.mailbox import open_mailbox
@@ -91,7 +91,7 @@ _SUMMARY_FILE = "summary.json"
 
 
 NETWORK_MODULES = ("pipelines.pretraining.networks", *WAN_TRAITS.modules)
-"""What the processes of training import that has nothing to do with Ray."""
+"""Modules that the processes of training import and that have nothing to do with Ray."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,10 +387,7 @@ def _checkpoint_of(result: Result) -> Checkpoint:
 
 def _is_made(place: str, mark: str) -> bool:
     """Returns True if a stage's folder is whole: its file that comes last is there."""
-    with storage_errors(f"looking at {place}"):
-        files: Any
-        files, path = open_store(place)
-        files.invalidate_cache()
+    with opened_store(place, f"looking at {place}") as (files, path):
         return bool(files.exists(f"{path}/{mark}"))
 
 

@@ -16,7 +16,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from cluster.files import open_store, require_writable, storage_errors, store_address, write_whole
+from cluster.files import (
+    open_store,
+    opened_store,
+    require_writable,
+    storage_errors,
+    store_address,
+    write_whole,
+)
 from cluster.logs import ANY, Kind, append_line, every_line, flush_log, is_number, read_lines
 from cluster.redaction import has_user, without_secrets
 from cluster.storage import write_text
@@ -54,7 +61,7 @@ _FIELDS: Mapping[str, Mapping[str, Kind]] = {
         "faults?": {ANY: str},
     },
 }
-"""What every line of a log has; a line without it is broken."""
+"""Fields of every line of a log; a line without one of them is broken."""
 
 _COUNTED = "shards.jsonl"
 TEACHER_CLIPS = "teacher-clips"
@@ -180,9 +187,8 @@ def require_output_folder(folder: str | Path, setting: str, *, is_file: bool = F
         return
     if is_file:
         address = address.rpartition("/")[0]
-    with storage_errors(f"writing to {address} ({setting})"):
-        files: Any
-        files, path = open_store(address, PATIENCE)
+    attempted = f"writing to {address} ({setting})"
+    with opened_store(address, attempted, PATIENCE) as (files, path):
         probe = f"{path}/.probe-{secrets.token_hex(4)}"
         write_whole(probe, b"sgmd", files)
         files.rm_file(probe)

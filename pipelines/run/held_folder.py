@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cluster.files import delete_folder
+from cluster.files import cache_folder, delete_folder
 
 KEEP = ".keep"
 """File in a folder that stays when its process has ended."""
@@ -28,7 +28,7 @@ def held_folder(name: str) -> Iterator[Path]:
         name: What its name begins with.
     """
     host = socket.gethostname()
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgmd" / "runs"
+    base = cache_folder("runs")
     try:
         base.mkdir(parents=True, exist_ok=True)
     except OSError:

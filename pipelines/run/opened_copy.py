@@ -6,13 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from cluster.errors import StorageError
-from cluster.files import (
-    delete_folder,
-    open_store,
-    require_own_files,
-    storage_errors,
-    store_address,
-)
+from cluster.files import delete_folder, opened_store, require_own_files, store_address
 from cluster.lease import Lease, hold
 from pipelines.config.recipe_files import RUN_RECIPE
 from pipelines.run.held_folder import KEEP, held_folder
@@ -74,12 +68,11 @@ def run_copy(place: str | Path, without: Collection[str] = ()) -> Iterator[Path]
     """
     address = store_address(place)
     if address and open_copy_of(address) is None:
-        with storage_errors(f"reading {address}"):
-            files, path = open_store(address)
-            files.invalidate_cache()
-            if not files.exists(f"{path}/{RUN_RECIPE}"):
-                yield Path(place)
-                return
+        with opened_store(address, f"reading {address}") as (files, path):
+            is_run = files.exists(f"{path}/{RUN_RECIPE}")
+        if not is_run:
+            yield Path(place)
+            return
     with working_copy(place, without) as root:
         yield root
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from cluster.files import open_store, storage_errors, store_address
+from cluster.files import opened_store, store_address
 from sgmd_core.errors import ConfigError
 from workers.models.configs import INDEX_FILE
 
@@ -32,9 +32,7 @@ def require_replaceable(
         if _whole_path(address).is_relative_to(path):
             found = f"{name} ({address}) is in it"
             raise ConfigError(attempted, found, "a folder for the model alone", remedy)
-    with storage_errors(f"looking at {dst} ({setting})"):
-        files, root = open_store(dst)
-        files.invalidate_cache()
+    with opened_store(dst, f"looking at {dst} ({setting})") as (files, root):
         there = files.ls(root, detail=False) if files.isdir(root) else []
     names = sorted(PurePosixPath(each).name for each in there)
     if names and not set(names) & set(marks):

@@ -18,11 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cluster.errors import StorageError, StoreRefusedError
-from cluster.files import (
-    open_store,
-    storage_errors,
-    write_whole,
-)
+from cluster.files import open_store, opened_store, storage_errors, write_whole
 from cluster.folders import upload_file
 from cluster.lease import LEASE_OBJECT
 from cluster.s3.settings import S3Settings
@@ -125,9 +121,8 @@ class WorkingCopy:
             StorageError: One is not there, or the store cannot be read.
         """
         for path in paths:
-            with storage_errors(f"reading {shared_place(path)}"):
-                files: Any
-                files, name = patient_store(shared_place(path))
+            place = shared_place(path)
+            with opened_store(place, f"reading {place}", PATIENCE) as (files, name):
                 write_whole(path, files.cat_file(name))
             self._known[path] = _stamp(path)
 
@@ -137,10 +132,7 @@ class WorkingCopy:
         Raises:
             StorageError: The store refuses it.
         """
-        with storage_errors(f"deleting {self.address}"):
-            files: Any
-            files, root = open_store(self.address)
-            files.invalidate_cache()
+        with opened_store(self.address, f"deleting {self.address}") as (files, root):
             if files.isdir(root):
                 files.rm(root, recursive=True)
         self.fetch()
@@ -153,9 +145,8 @@ class WorkingCopy:
         """
         path.unlink(missing_ok=True)
         if path in self._known:
-            with storage_errors(f"deleting {shared_place(path)}"):
-                files: Any
-                files, name = patient_store(shared_place(path))
+            place = shared_place(path)
+            with opened_store(place, f"deleting {place}", PATIENCE) as (files, name):
                 files.rm_file(name)
             self._known.pop(path, None)
 

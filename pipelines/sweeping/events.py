@@ -9,7 +9,7 @@ from typing import Any
 from ray import tune
 
 from cluster.errors import StorageError
-from cluster.files import open_store, storage_errors
+from cluster.files import opened_store
 from pipelines.run.observer import RunObserver
 from pipelines.sweeping.trial import ERROR_FILE, CommonToTrials
 from pipelines.sweeping.trials import Trial, TrialBook, settings_in_words
@@ -128,10 +128,7 @@ class TrialEvents(tune.Callback):
         """Error in the newest folder of a trial, its own or one it has branched to; or nothing."""
         output = self._sweep.config.output
         try:
-            with storage_errors(f"looking for errors in {output}"):
-                files: Any
-                files, root = open_store(output)
-                files.invalidate_cache()
+            with opened_store(output, f"looking for errors in {output}") as (files, root):
                 found = sorted(files.glob(f"{root}/{name}*/{ERROR_FILE}"))
                 return str(json.loads(files.cat_file(found[-1]))["error"]) if found else ""
         except StorageError as error:

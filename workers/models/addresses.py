@@ -11,7 +11,6 @@ copy of its own, and become visible whole.
 
 import fcntl
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,15 @@ from typing import Any
 
 from fsspec.callbacks import Callback
 
-from cluster.files import kind_of_path, open_store, storage_errors, store_address, whole_folder
+from cluster.files import (
+    cache_folder,
+    kind_of_path,
+    open_store,
+    opened_store,
+    storage_errors,
+    store_address,
+    whole_folder,
+)
 from sgmd_core.errors import ModelFolderError
 from workers.models.configs import INDEX_FILE, REMEDY
 
@@ -119,7 +126,7 @@ def _copy(address: str) -> Path:
     """The copy of an address in the user's cache; made where there is none of this content."""
     objects = _objects(address)
     stamp = _stamp(objects)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgmd" / "models"
+    base = cache_folder("models")
     target = base / f"{PurePosixPath(address).name}-{stamp}"
     if target.is_dir():
         return target
@@ -134,10 +141,8 @@ def _copy(address: str) -> Path:
 
 def _objects(address: str) -> Mapping[str, Mapping[str, Any]]:
     """Facts of every object below an address, by its path there."""
-    with storage_errors(f"listing {address}"):
-        files, root = open_store(address)
-        files.invalidate_cache()
-        found: Any = files.find(root, detail=True)
+    with opened_store(address, f"listing {address}") as (files, root):
+        found = files.find(root, detail=True)
     objects = {
         str(PurePosixPath(name).relative_to(root)): facts for name, facts in sorted(found.items())
     }

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cluster.files import write_whole
+from cluster.files import cache_folder, write_whole
 from sgmd_core.errors import ModelFolderError
 from workers.models.configs import CONFIG_FILE, REMEDY, read_model_json
 from workers.models.families import family_of
@@ -201,9 +201,8 @@ def _stamp(file: Path) -> list[int]:
 
 
 def _entry(file: Path) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]
-    return Path(base) / "sgmd" / "weights" / f"{name}.json"
+    return cache_folder("weights") / f"{name}.json"
 
 
 def _recall(file: Path, stamp: list[int]) -> FileContent | None:

@@ -12,7 +12,6 @@ says so.
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -22,6 +21,7 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from cluster.files import cache_folder
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
 from pipelines.data.making.manifests import columns_in_words
 from pipelines.data.making.source_clip import Columns, SourceClip
@@ -315,8 +315,7 @@ def _with_faults(part: tuple[SourceClip | Rejection, ...]) -> pa.Schema:
 
 
 def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(base) / "sgmd" / "captions"
+    folder = cache_folder("captions")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
