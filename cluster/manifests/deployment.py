@@ -11,8 +11,10 @@ Nothing here says what the program does.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 POOL_LABEL = "sgmd-pool"
 """Node label by which a pool finds its machines."""
@@ -109,6 +111,17 @@ _Dumper.add_representer(str, _text)
 def commented(text: str) -> str:
     """A text as a comment of a shell script, Dockerfile or YAML: no line of it is left outside."""
     return "\n".join(f"# {line}".rstrip() for line in text.splitlines())
+
+
+def filled_in(template: str, **words: object) -> str:
+    """A template of `assets` with its words; nothing is escaped, and a missing one is an error."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "assets"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    return templates.get_template(template).render(words)
 
 
 def yaml_documents(comment: str, *documents: Mapping[str, object]) -> str:

@@ -1,11 +1,8 @@
 """Dockerfile of an image with the program and everything that it needs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from cluster.manifests.deployment import commented
+from cluster.manifests.deployment import commented, filled_in
 
 
 def dockerfile(image: str, folders: Sequence[str], python: str, made_by: str) -> str:
@@ -17,12 +14,5 @@ def dockerfile(image: str, folders: Sequence[str], python: str, made_by: str) ->
         python: Version of Python, such as 3.11.
         made_by: Command that made it, for its first line.
     """
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "assets"),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    return templates.get_template("Dockerfile.j2").render(
-        image=image, folders=folders, python=python, made_by=commented(made_by)
-    )
+    words = {"image": image, "folders": folders, "python": python, "made_by": commented(made_by)}
+    return filled_in("Dockerfile.j2", **words)

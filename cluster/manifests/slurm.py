@@ -1,11 +1,8 @@
 """A Slurm batch script: Ray on the nodes of one allocation, and the program beside its head."""
 
 import shlex
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from cluster.manifests.deployment import FILE_PATH, Deployment, commented, dns_name
+from cluster.manifests.deployment import FILE_PATH, Deployment, commented, dns_name, filled_in
 
 _PORT = 6379
 _WARN_S = 120
@@ -20,17 +17,11 @@ def slurm_script(deployment: Deployment, time: str) -> str:
         deployment: What runs; its head stands for every node.
         time: Limit of one part of the run, in Slurm's form; the job goes back to the queue then.
     """
-    assets = Path(__file__).parent / "assets"
-    templates = Environment(
-        loader=FileSystemLoader(assets),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        # The template makes a shell script; what is put into it is quoted here.
-        autoescape=False,
-    )
     node = deployment.head
     words = ['"$recipe"' if word == FILE_PATH else shlex.quote(word) for word in deployment.program]
-    return templates.get_template("slurm.sh.j2").render(
+    # The template makes a shell script; what is put into it is quoted here.
+    return filled_in(
+        "slurm.sh.j2",
         made_by=commented(deployment.made_by),
         name=dns_name(deployment.name),
         nodes=1 + sum(group.count for group in deployment.workers),
