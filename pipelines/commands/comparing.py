@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from pipelines.commands.options import Json, Overrides, RecipeName
-from pipelines.commands.output import FittingTable, show, working
+from pipelines.commands.output import FittingTable, plain_printer, show, working
 from sgmd_core.collector import paused_collector
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def _in_closed_form(
         rows = [[f"{cell[name]}" for name in names] for cell in planned["cells"]]
         table = FittingTable(names, rows, num_kept=2, elsewhere="--json")
         return planned, [table, f"{len(rows)} cells of {config.num_seeds} seeds in {folder}"]
-    results = job.gaussian_study(
-        config, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
-    )
+    results = job.gaussian_study(config, plain_printer(console))
     shown: list[RenderableType] = []
     for name, world in config.worlds.items():
         rows = gaussian_rows(results, name)
@@ -92,13 +90,13 @@ def _made(config: "DistillConfig", console: Console) -> Shown:
 
     result = job.study(
         config,
-        lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+        plain_printer(console),
         lambda rule, spent_s: console_observer(rule, console, spent_s),
     )
-    return result.to_json(), _result_words(result, job.folder_of(config), job.WRITTEN)
+    return result.to_json(), result_words(result, job.folder_of(config), job.WRITTEN)
 
 
-def _result_words(
+def result_words(
     result: "StudyResult", folder: str, written: Sequence[str]
 ) -> list[RenderableType]:
     """The table as far as it fits, what it does not tell apart, errors, and files."""

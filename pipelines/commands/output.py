@@ -31,6 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.redaction import printable
+from pipelines.dotted import dotted_items
 
 _PIPE_COLUMNS = 120
 _LINE_EVERY_S = 10.0
@@ -84,7 +85,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     )
     with working() as console:
         if not console.is_terminal:
-            with _ProgressLines(console) as lines:
+            with ProgressLines(console) as lines:
                 yield lines
             return
         bars = Progress(*columns, console=console)
@@ -108,10 +109,10 @@ class _Heartbeat:
     """
 
     def __init__(self, say: Callable[[str], None], every_s: float) -> None:
-        self.lock = Lock()
+        self._lock = Lock()
         self._say = say
-        self._every_s = every_s
-        self._latest = "starting"
+        self._still_every_s = every_s
+        self._latest = ""
         self._heard_at = self._said_at = time.monotonic()
         self._ended = Event()
         self._thread = Thread(target=self._repeat, daemon=True)
@@ -124,25 +125,26 @@ class _Heartbeat:
         self._ended.set()
         self._thread.join()
 
-    def hear(self, words: str) -> None:
-        """Takes in the latest words; hold `lock`."""
+    def _hear(self, words: str) -> None:
+        """Takes in the latest words; hold the lock."""
         self._heard_at, self._latest = time.monotonic(), words
 
-    def say(self, words: str) -> None:
-        """Shows a line; hold `lock`."""
+    def _show(self, words: str) -> None:
+        """Shows a line; hold the lock."""
         self._said_at = time.monotonic()
         self._say(words)
 
     def _repeat(self) -> None:
-        while not self._ended.wait(self._every_s):
-            with self.lock:
+        while not self._ended.wait(self._still_every_s):
+            with self._lock:
                 now = time.monotonic()
-                if now - max(self._heard_at, self._said_at) >= self._every_s:
+                if now - max(self._heard_at, self._said_at) >= self._still_every_s:
                     since = timedelta(seconds=round(now - self._heard_at))
-                    self.say(f"{self._latest}, at work on the next for {since}")
+                    latest = self._latest or "starting"
+                    self._show(f"{latest}, at work on the next for {since}")
 
 
-class _ProgressLines:
+class ProgressLines(_Heartbeat):
     """Lines for a log: work, done and in all, rate, time left.
 
     As a context it also says what is under way while nothing is heard.
@@ -159,29 +161,22 @@ class _ProgressLines:
         every_s: float = _LINE_EVERY_S,
         still_every_s: float = _STILL_EVERY_S,
     ) -> None:
+        super().__init__(plain_printer(console), still_every_s)
         self._every_s = every_s
         self._started: dict[str, tuple[float, int]] = {}
         self._shown_at: dict[str, float] = {}
-        self._heartbeat = _Heartbeat(_printer(console), still_every_s)
-
-    def __enter__(self) -> Self:
-        self._heartbeat.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._heartbeat.__exit__(*error)
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Prints a line where one is due."""
-        with self._heartbeat.lock:
-            self._heartbeat.hear(f"{what}: {done}/{total}" if total else what)
+        with self._lock:
+            self._hear(f"{what}: {done}/{total}" if total else what)
             self._tell(what, done, total)
 
     def _tell(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what not in self._started:
             self._started[what], self._shown_at[what] = (now, done), now
-            self._heartbeat.say(f"{what}: {done}/{total}")
+            self._show(f"{what}: {done}/{total}")
             return
         if done < total and now - self._shown_at[what] < self._every_s:
             return
@@ -193,7 +188,7 @@ class _ProgressLines:
             left = str(timedelta(seconds=round((total - done) / rate)))
             pace = f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
             words += f", {pace}" + (f", {left} left" if done < total else "")
-        self._heartbeat.say(words)
+        self._show(words)
 
 
 @contextmanager
@@ -205,11 +200,11 @@ def counting() -> Iterator[Counter]:
     """
     with working() as console:
         status = console.status("") if console.is_terminal else nullcontext()
-        with status as line, _CountLines(console, None if line is None else line.update) as count:
+        with status as line, CountLines(console, None if line is None else line.update) as count:
             yield count
 
 
-class _CountLines:
+class CountLines(_Heartbeat):
     """Words about a work whose end is not known; a context.
 
     Args:
@@ -226,32 +221,29 @@ class _CountLines:
         every_s: float = _LINE_EVERY_S,
         still_every_s: float = _STILL_EVERY_S,
     ) -> None:
-        self._print = _printer(console)
+        self._print = plain_printer(console)
+        super().__init__(update or self._print, still_every_s)
         self._every_s = 0.0 if update else every_s
-        self._latest, self._shown_at = "", time.monotonic()
-        self._heartbeat = _Heartbeat(update or self._print, still_every_s)
-
-    def __enter__(self) -> Self:
-        self._heartbeat.__enter__()
-        return self
+        self._shown_at = time.monotonic()
 
     def __exit__(self, *error: object) -> None:
-        self._heartbeat.__exit__(*error)
+        super().__exit__(*error)
         if self._latest:
             self._print(self._latest)
 
     def __call__(self, words: str) -> None:
         """Takes in the latest words, and shows them where a line is due."""
-        with self._heartbeat.lock:
-            self._heartbeat.hear(words)
-            self._latest, now = words, time.monotonic()
+        with self._lock:
+            self._hear(words)
+            now = time.monotonic()
             if now - self._shown_at >= self._every_s:
                 self._shown_at = now
-                self._heartbeat.say(words)
+                self._show(words)
 
 
-def _printer(console: Console) -> Callable[[str], None]:
-    return partial(console.print, highlight=False, markup=False)
+def plain_printer(console: Console) -> Callable[[str], None]:
+    """Prints lines as they are: whole, without colours or markup."""
+    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 
 def show(data: Mapping[str, Any] | Sequence[Any], as_json: bool, *shown: RenderableType) -> None:
@@ -323,7 +315,9 @@ def pairs(data: Mapping[str, Any]) -> Table:
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in _flat(data):
+    for name, value in dotted_items(data):
+        if value == {}:
+            continue
         # Escapes are counted in the width of a cell.
         table.add_row(Text(printable(name)), Text(printable(_in_words(value))))
     return table
@@ -342,11 +336,3 @@ def _in_words(value: object) -> str:
             return ", ".join(map(_in_words, value)) or "none"
         case _:
             return str(value)
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

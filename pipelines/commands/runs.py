@@ -10,7 +10,7 @@ import typer
 
 from pipelines.commands.failures import hinting
 from pipelines.commands.options import LARGEST_SEED, Json, Overrides, RecipeName
-from pipelines.commands.output import progress_bar, show, working
+from pipelines.commands.output import plain_printer, progress_bar, show, working
 from sgmd_core.collector import paused_collector
 from sgmd_core.errors import ConfigError
 from sgmd_core.worlds import WorldName
@@ -98,10 +98,8 @@ def pretrain_command(
             max(os.cpu_count() or 1, job.num_cpus_needed(checked.config)) if own_cluster else None
         )
         with start_ray(address, num_cpus=num_cpus, preload=job.NETWORK_MODULES):
-            result = job.pretrain(
-                checked,
-                lambda event: console.print(_event_line(event), highlight=False, markup=False),
-            )
+            say = plain_printer(console)
+            result = job.pretrain(checked, lambda event: say(_event_line(event)))
     data = {"output": str(result.output), "quality": asdict(result.quality)}
     show(data, as_json, str(result.output), result.quality.in_words())
 
@@ -142,7 +140,7 @@ def distill_command(
     """Distil a teacher into a few-step generator: the main job."""
     with working() as console, ExitStack() as stack:
         # Before the libraries of networks: a wrong setting is reported without waiting for them.
-        config = _distill_config(recipe, overrides or [], resume)
+        config = distill_config(recipe, overrides or [], resume)
 
         with paused_collector():
             from pipelines.distillation import run as job
@@ -176,9 +174,10 @@ def distill_command(
         show(result, as_json, *summary_words(result))
 
 
-def _distill_config(
+def distill_config(
     recipe: str | None, overrides: list[str], resume: Path | None
 ) -> "DistillConfig":
+    """Settings of a distillation: of a recipe and overrides, or of the run that is resumed."""
     with paused_collector():
         from pipelines.config.recipe import load_recipe
         from pipelines.config.unread import warn_of_foreign_sections

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from pipelines.commands import comparing, data, results, runs, sweeping
 from pipelines.commands.options import Json, RemoteCommand
-from pipelines.commands.output import show, working
+from pipelines.commands.output import plain_printer, show, working
 from sgmd_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _dashboard_of_ray() -> str:
 def _submitted(console: Console, request: "JobRequest", *, address: str, **options: Any) -> str:  # noqa: ANN401 - options of submit
     from pipelines.submitting import job
 
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say = plain_printer(console)
     sent = job.submit(request, address=address, tell=say, **options)
     say(f"submitted {sent.job_id} to {address}; come back to it with:")
     say(f"  sgmd submit --follow {sent.job_id} --address {address}")
@@ -152,8 +151,7 @@ def _results(console: Console, address: str, job_id: str, *, must_answer: bool) 
     except JobError as error:
         if must_answer:
             raise
-        words = f"where its results are is not known: {error.found}"
-        console.print(words, highlight=False, markup=False, soft_wrap=True)
+        plain_printer(console)(f"where its results are is not known: {error.found}")
         return ""
 
 

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from pipelines.commands.options import Json, Overrides, RecipeName
-from pipelines.commands.output import FittingTable, show, working
+from pipelines.commands.output import FittingTable, plain_printer, show, working
 from sgmd_core.collector import paused_collector
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def live_trials(
         ended = sum(trial.state != "running" for trial in trials)
         if ended != told:
             told = ended
-            words = f"trials: {ended}/{total}{_best_words(settings, trials)}"
-            console.print(words, highlight=False, markup=False, soft_wrap=True)
+            plain_printer(console)(f"trials: {ended}/{total}{_best_words(settings, trials)}")
 
     yield tell
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from pipelines.dotted import dotted_items
+
 # What may change between a run and its resumption: it decides no number but by rounding, or the
 # numbers come after those that were made.
 _NOT_IN_DIGEST: dict[str, Any] = {
@@ -73,17 +75,8 @@ def deciding_settings_of(config: BaseModel, *, acts_on_lag: bool) -> dict[str, A
         acts_on_lag: Whether a governor acts on the measured lag; otherwise it decides nothing.
     """
     measuring = {} if acts_on_lag else {"lag": _MEASURING}
-    return _flat(config.model_dump(mode="json", exclude={**_NOT_IN_DIGEST, **measuring}))
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+    decide = config.model_dump(mode="json", exclude={**_NOT_IN_DIGEST, **measuring})
+    return dict(dotted_items(decide))
 
 
 def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

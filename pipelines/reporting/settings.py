@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.dotted import dotted_items
 from pipelines.reporting.records import RunRecords
 
 ABSENT = "–"
@@ -46,17 +47,13 @@ def differing_facts(runs: Sequence[RunRecords]) -> list[Difference]:
     return _differing([facts(run) for run in runs])
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings by their dotted names, as overrides call them."""
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        if not prefix and name in _NAMES_ONLY:
-            continue
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = str(value)
-    return found
+    return {
+        name: str(value)
+        for name, value in dotted_items(settings)
+        if name not in _NAMES_ONLY and value != {}
+    }
 
 
 def _differing(found: Sequence[Mapping[str, str]]) -> list[Difference]:

@@ -35,6 +35,7 @@ from pipelines.data.shards.parquet import read_parquet
 from pipelines.data.shards.rejection import Rejection, from_parquet, to_parquet, too_many_bad
 from pipelines.data.shards.schema import SAMPLE_ID
 from pipelines.data.shards.shard_writing import ShardBuilder, write_file, write_shard
+from pipelines.dotted import dotted_items
 from sgmd_core.errors import DataError
 
 MIN_JUDGED = 200
@@ -325,7 +326,7 @@ def _other_settings(
     attempted: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> DataError:
     """Names each setting that differs, with both of its values."""
-    before, now = _flat(found), _flat(wanted)
+    before, now = dict(dotted_items(found)), dict(dotted_items(wanted))
     unknown = "(not recorded)"
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     old = ", ".join(f"{name} = {before.get(name, unknown)!r}" for name in names)
@@ -336,17 +337,6 @@ def _other_settings(
         "the same settings in all runs that fill one folder",
         "Repeat the settings of the first run, choose another folder, or delete this one",
     )
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": each for inner, each in _flat(value).items()}
-        else:
-            flat[name] = value
-    return flat
 
 
 def _require_writable(filesystem: AbstractFileSystem, root: str) -> None:

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.commands.output import (
+    CountLines,
     FittingTable,
     PrintableConsole,
-    _CountLines,
-    _ProgressLines,
+    ProgressLines,
     pairs,
     show,
     working,
@@ -29,7 +29,7 @@ from sgmd_core.errors import DataError
 
 def test_a_log_gets_done_and_total_rate_and_time_left():
     log = io.StringIO()
-    progress = _ProgressLines(Console(file=log, width=120), every_s=0.0)
+    progress = ProgressLines(Console(file=log, width=120), every_s=0.0)
     for done in range(0, 5):
         progress("teacher, 50 steps", done, 4)
     lines = log.getvalue().splitlines()
@@ -68,7 +68,7 @@ def test_text_of_foreign_data_gives_a_terminal_no_commands(capsys, monkeypatch):
 
 def test_lines_that_follow_closely_are_left_out_of_a_log_but_not_the_last_one():
     log = io.StringIO()
-    progress = _ProgressLines(Console(file=log, width=120), every_s=3600.0)
+    progress = ProgressLines(Console(file=log, width=120), every_s=3600.0)
     for done in range(0, 101):
         progress("clips", done, 100)
     assert [line.split(",")[0] for line in log.getvalue().splitlines()] == [
@@ -79,7 +79,7 @@ def test_lines_that_follow_closely_are_left_out_of_a_log_but_not_the_last_one():
 
 def test_a_log_hears_of_a_long_work_while_it_does_nothing_but_work():
     log = io.StringIO()
-    with _ProgressLines(Console(file=log, width=120), still_every_s=0.05) as progress:
+    with ProgressLines(Console(file=log, width=120), still_every_s=0.05) as progress:
         progress("teacher, 50 steps", 16, 256)
         deadline = time.monotonic() + 60
         while log.getvalue().count("\n") < 3 and time.monotonic() < deadline:
@@ -98,7 +98,7 @@ def test_a_count_says_that_it_goes_on_while_a_single_clip_takes_long(is_line):
     log = io.StringIO()
     line: list[str] = []
     update = line.append if is_line else None
-    with _CountLines(Console(file=log, width=120), update, still_every_s=0.05) as count:
+    with CountLines(Console(file=log, width=120), update, still_every_s=0.05) as count:
         count("7 clips, 0 bad")
         deadline = time.monotonic() + 60
         while len(line if is_line else log.getvalue().splitlines()) < 2:

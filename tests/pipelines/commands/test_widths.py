@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.commands.comparing import _result_words
+from pipelines.commands.comparing import result_words
 from pipelines.commands.evaluation_table import table
 from pipelines.commands.output import pairs
-from pipelines.commands.results import _ledger_table
+from pipelines.commands.results import ledger_table
 from pipelines.commands.run_summary import summary_words
 from pipelines.commands.sweeping import sweep_words
 from pipelines.config.figures import HEADLINE_FIGURES
@@ -77,9 +77,9 @@ def ledger() -> Audit:
 def results(folder: Path) -> dict[str, list]:
     return {
         "sweep": sweep_words(sweep_result(folder)),
-        "study": _result_words(study_result(), "runs/study", ("results.md", "results.csv")),
+        "study": result_words(study_result(), "runs/study", ("results.md", "results.csv")),
         "evaluate": [table(evaluation())],
-        "ledger": [_ledger_table(ledger())],
+        "ledger": [ledger_table(ledger())],
         "pairs": [pairs({"clips": 12345678, "rejected": {"bad": 3}, "seconds": 0.1234567})],
     }
 
