@@ -206,7 +206,7 @@ def _distill(config: DistillConfig, job: _Job) -> dict[str, Any]:
             return _place_and_train(config, job, start, early)
         except _NotPlacedAgain as failure:
             config, told = _replanned(config, failure.error)
-        job.events.observe(observer)
+        job.events.observer = observer
         job.events.add(told)
         start, early = _take_up(config, job, told)
 
@@ -275,7 +275,7 @@ def _place_and_train(
         for event in early:
             beside.event(event)
         observers = Observers([observer, beside])
-        events.observe(observers)
+        events.observer = observers
         checkpoints = Checkpoints(shared_place(folder.checkpoints))
         run = Distillation(config, checked, groups, folder, data, checkpoints, events, observers)
         run.load(start)

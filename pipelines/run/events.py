@@ -16,22 +16,13 @@ class EventLog:
 
     Args:
         folder: The run's files.
-        observer: Receives each event.
+        observer: Receives each event; may be replaced.
     """
 
     def __init__(self, folder: RunFolder, observer: RunObserver) -> None:
+        self.observer = observer
         self._folder = folder
-        self._observer = observer
         self._lock = threading.Lock()
-
-    @property
-    def observer(self) -> RunObserver:
-        """Receiver of the events."""
-        return self._observer
-
-    def observe(self, observer: RunObserver) -> None:
-        """Passes the events to another observer from here on."""
-        self._observer = observer
 
     def add(self, event: RunEvent) -> None:
         """Adds an event to events.jsonl, then passes it to the observer.
@@ -41,4 +32,4 @@ class EventLog:
         """
         with self._lock:
             append_jsonl(self._folder.events, event.to_json())
-            self._observer.event(event)
+            self.observer.event(event)

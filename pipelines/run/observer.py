@@ -1,6 +1,7 @@
 """Observers of a run: the terminal, the tracker and tests receive its events."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cluster.said import Said
@@ -37,39 +38,11 @@ class Observers(RunObserver):
     """Passes every event on to several observers, in their order."""
 
     def __init__(self, observers: Sequence[RunObserver]) -> None:
-        self._observers = tuple(observers)
+        for name in vars(RunObserver):
+            if not name.startswith("_"):
+                setattr(self, name, partial(_pass_on, tuple(observers), name))
 
-    def note(self, text: str) -> None:
-        """Passes a sentence to every observer, in order."""
-        for observer in self._observers:
-            observer.note(text)
 
-    def iteration(self, record: IterationRecord) -> None:
-        """Passes the record of an iteration to every observer."""
-        for observer in self._observers:
-            observer.iteration(record)
-
-    def validation(self, record: ValidationRecord, samples: Path) -> None:
-        """Passes a validation and its clips to every observer."""
-        for observer in self._observers:
-            observer.validation(record, samples)
-
-    def alarm(self, alarm: Alarm) -> None:
-        """Passes an alarm to every observer."""
-        for observer in self._observers:
-            observer.alarm(alarm)
-
-    def event(self, event: RunEvent) -> None:
-        """Passes a failure or its repair to every observer."""
-        for observer in self._observers:
-            observer.event(event)
-
-    def warning(self, text: str) -> None:
-        """Passes a warning to every observer."""
-        for observer in self._observers:
-            observer.warning(text)
-
-    def said(self, said: Said) -> None:
-        """Passes a log line of a process to every observer."""
-        for observer in self._observers:
-            observer.said(said)
+def _pass_on(observers: Sequence[RunObserver], name: str, *event: object) -> None:
+    for observer in observers:
+        getattr(observer, name)(*event)

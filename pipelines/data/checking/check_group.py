@@ -7,7 +7,7 @@ long captions are nor, but for some twenty bytes a row, on how many rows a group
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -170,18 +170,7 @@ def nothing_read(task: GroupTask, reason: str, detail: str) -> GroupFacts:
     rows = task.first_row + np.arange(task.num_rows)
     examples = (Rejection("", task.shard, int(row), reason, detail) for row in rows[:NUM_EXAMPLES])
     bad = BadRows(rows, Counter({str(reason): task.num_rows}), tuple(examples))
-    return GroupFacts(
-        task.shard,
-        task.first_row,
-        ids=np.zeros(0, np.uint64),
-        has_id=np.zeros(0, np.bool_),
-        captions=np.zeros(0, np.uint64),
-        characters=np.zeros(0, np.int32),
-        tokens=np.zeros(0, np.int32),
-        clips=(),
-        num_tried=0,
-        bad=bad,
-    )
+    return replace(_Look(task, None).facts(), num_tried=0, bad=bad)
 
 
 def choose_rows(num_rows: int, sample: int | None, seed: int) -> NDArray[np.int64]:

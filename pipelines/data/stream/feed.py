@@ -31,7 +31,7 @@ from pipelines.data.shards.schema import (
 )
 from pipelines.data.shards.seen import SeenIds, digest_ids
 from pipelines.data.shards.values import unpack_all_latents, unpack_text
-from pipelines.data.stream.batch import Batch
+from pipelines.data.stream.batch import Batch, BatchFeed
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.plan import Cursor, ShuffleSettings
 from pipelines.data.stream.quarantine import REPEATS, Tally
@@ -40,7 +40,7 @@ from pipelines.data.stream.source import Source
 from pipelines.data.stream.stream import Planned, first_rows, plan_windows, read_in_process
 from pipelines.data.stream.window import GROUP, PLACE, REASON, ROW, WHOLE_GROUP
 from sgmd_core.errors import DataError
-from sgmd_core.types import DataBatch, Latents, Text
+from sgmd_core.types import Latents, Text
 
 # Arrow makes these functions while it is imported, where a type checker does not see them.
 pc: Any = pyarrow.compute
@@ -105,8 +105,8 @@ class FeedProgress:
         return replace(self, further=()), *self.further
 
 
-class Feed:
-    """A `BatchFeed` of one set, in the plan's order.
+class Feed(BatchFeed):
+    """The batches of one set, in the plan's order.
 
     Reading begins at once where it is Ray Data's.
     Where Ray Data reads, close the feed (or use it in `with`) before Ray is shut down.
@@ -195,30 +195,14 @@ class Feed:
         """Ends all reading; harmless when repeated."""
         self._windows.close()
 
-    def __enter__(self) -> Self:
-        """Itself."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Closes it."""
-        self.close()
-
     def embeddings(self, number: int) -> Text:
-        """Stored embeddings of a batch, (rows, positions, width), float32; frees them."""
+        """Stored embeddings of a batch; see `BatchFeed.embeddings`."""
         stored = self._take_column(number, TEXT_EMBEDS)
         return torch.stack([unpack_text(each.as_py(), self._encoding()).float() for each in stored])
 
     def latents(self, number: int) -> Latents:
-        """Stored latents of a batch (b, c, t, h, w); frees them.
-
-        In the type in which they are stored: it is half as much to send on, and the device that
-        needs them casts faster.
-        """
+        """Stored latents of a batch; see `BatchFeed.latents`."""
         return unpack_all_latents(self._take_column(number, LATENTS), self._encoding())
-
-    def data(self, number: int) -> DataBatch:
-        """The same as a record, which roles share out among their ranks."""
-        return DataBatch(self.latents(number))
 
     def pixels(self, number: int) -> NDArray[np.uint8]:
         """Decoded clips of a batch, (rows, frames, height, width, 3); frees them."""

@@ -11,7 +11,6 @@ this set alone. So an epoch is one pass over one set, and sets are passed over a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS, caption_schema
 from pipelines.data.stream.batch import Batch, BatchFeed
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from sgmd_core.buckets import drawn_bucket
-from sgmd_core.types import DataBatch, Latents, Text
+from sgmd_core.types import Latents, Text
 
 _BLOCK = 1024
 _DRAWS = 4
@@ -50,8 +49,8 @@ def drawn_sets(
     return found
 
 
-class MixedFeed:
-    """Hands out rows of several sets; a `BatchFeed`.
+class MixedFeed(BatchFeed):
+    """Hands out rows of several sets.
 
     Args:
         settings: Of the first set, with the others in `further`.
@@ -115,22 +114,10 @@ class MixedFeed:
         """Stored latents of a batch; see `Feed.latents`."""
         return self._joined(number, LATENTS)
 
-    def data(self, number: int) -> DataBatch:
-        """The same as a record."""
-        return DataBatch(self.latents(number))
-
     def close(self) -> None:
         """Ends all reading; harmless when repeated."""
         for feed in self._feeds:
             feed.close()
-
-    def __enter__(self) -> Self:
-        """Itself."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Closes it."""
-        self.close()
 
     def _joined(self, number: int, column: str) -> torch.Tensor:
         kept = self._kept[number]
