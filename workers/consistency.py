@@ -7,9 +7,10 @@ The derivative is a constant of the loss (`workers.tangents`), so the second pas
 its own and the gradient adds to that of the signals.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor
 
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import StaleCallError, non_finite_remedy
@@ -25,9 +26,8 @@ from sgmd_core.types import (
     TextBatch,
     per_sample,
 )
-from workers.finite import FiniteChecks, micro_batch_in_words
+from workers.finite import micro_batch_in_words
 from workers.models.family import Denoiser
-from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on, text_on
 from workers.reports import ConsistencyReport
 from workers.saving import LearningRole
@@ -41,9 +41,6 @@ class ConsistencyLearner(LearningRole):
         term: The term; None where the objective has none.
     """
 
-    _network: nn.Module
-    _optimizer: RoleOptimizer
-    _checks: FiniteChecks
     _buckets: LatentBuckets
     _seed: int
 
@@ -76,14 +73,8 @@ class ConsistencyLearner(LearningRole):
             sample_indices=text.sample_indices,
         )
         numbers = {"the text embedding": query.text, "the data's latents": query.x0}
-        checked = self._checks.checked(
-            query.x0,
-            key,
-            f"noising data on the generator in {micro_batch_in_words(key)}",
-            numbers,
-            "look for what is broken in the encoded shards",
-        )
-        return replace(query, x0=checked)
+        remedy = "look for what is broken in the encoded shards"
+        return replace(query, x0=self._checked(query.x0, "noising data", key, numbers, 0, remedy))
 
     def learn_consistency(
         self, query: NoisedBatch, teacher: TeacherPrediction, share: float
@@ -118,20 +109,14 @@ class ConsistencyLearner(LearningRole):
         )
         velocity = network(x_t, query.sigma, query.text)
         loss = self._consistency.loss(query, velocity, constant, path, derivative)
-        value = self._checks.checked(
-            loss.value,
-            query.key,
-            f"learning consistency on the generator in {micro_batch_in_words(query.key)}",
-            {
-                "the noised data": x_t,
-                "the teacher's velocity": path,
-                "the generator's velocity": velocity,
-                "its derivative": derivative,
-                "the consistency loss": loss.value,
-            },
-            non_finite_remedy(query.key.iteration, "generator.optimizer.lr"),
-            stages_before=2,
-        )
+        numbers = {
+            "the noised data": x_t,
+            "the teacher's velocity": path,
+            "the generator's velocity": velocity,
+            "its derivative": derivative,
+            "the consistency loss": loss.value,
+        }
+        value = self._checked(loss.value, "learning consistency", query.key, numbers, 2)
         (share * value).backward()
         return ConsistencyReport({name: term.item() for name, term in loss.terms.items()})
 
@@ -142,6 +127,24 @@ class ConsistencyLearner(LearningRole):
     def _data_sigma(self, normal: PerSample, num_frames: int) -> PerSample:
         """Noise level of data of so many latent frames, from a standard normal number."""
         return self._consistency.sigma(normal, num_frames)
+
+    def _checked(
+        self,
+        value: Tensor,
+        attempted: str,
+        key: MicroBatchKey,
+        numbers: Mapping[str, Tensor],
+        stages_before: int = 4,
+        remedy: str = "",
+    ) -> Tensor:
+        return self._checks.checked(
+            value,
+            key,
+            f"{attempted} on the generator in {micro_batch_in_words(key)}",
+            numbers,
+            remedy or non_finite_remedy(key.iteration, "generator.optimizer.lr"),
+            stages_before=stages_before,
+        )
 
     @property
     def _consistency(self) -> ConsistencyTerm:

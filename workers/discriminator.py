@@ -44,11 +44,8 @@ from workers.models.features import features_of
 from workers.network_settings import OptimizerSettings
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
-from workers.reports import GradientReport
-from workers.role_state import RoleState, load_role
 from workers.saving import LearningRole
 from workers.sharding import is_sharded
-from workers.snapshots import RoleSnapshot
 
 ROLE = "discriminator"
 
@@ -66,6 +63,8 @@ class Discriminator(LearningRole):
         checks: Checks of the numbers that go in and come out; by default they raise.
     """
 
+    _role = ROLE
+
     def __init__(
         self,
         network: Denoiser,
@@ -78,8 +77,8 @@ class Discriminator(LearningRole):
     ) -> None:
         super().__init__()
         self._checks = checks or FiniteChecks()
-        self._network = network.eval().requires_grad_(False)
-        self._heads = heads
+        self._denoiser = network.eval().requires_grad_(False)
+        self._network = self._heads = heads
         self._layers = tuple(layers)
         self._objective = objective
         self._term = _term_of(objective)
@@ -111,7 +110,7 @@ class Discriminator(LearningRole):
         self._require_one(query, teacher.key, fake.key)
         objective = self._objective
         assert isinstance(objective, SteppingObjective), "this objective compares no steps"
-        device = device_of(self._network)
+        device = device_of(self._denoiser)
         query = query_on(query, device)
         x0 = query.x0.detach().requires_grad_()
         velocity = fake.velocity.to(device).detach().requires_grad_()
@@ -149,7 +148,7 @@ class Discriminator(LearningRole):
             NonFiniteError: A number that goes in or comes out is not finite.
         """
         self._require_one(query, signal.key)
-        device = device_of(self._network)
+        device = device_of(self._denoiser)
         query = query_on(query, device)
         x0 = query.x0.detach().requires_grad_()
         real, made = noised_alike(detached(query, x0), data.x0.to(device))
@@ -163,39 +162,10 @@ class Discriminator(LearningRole):
             metrics={**signal.metrics, **metrics, "generator": whole},
         )
 
-    def gradient_report(self, iteration: int) -> GradientReport:
-        """Norm of the gathered gradient; updates nothing.
-
-        Raises:
-            StaleCallError: Another iteration is under way, or nothing was gathered.
-        """
-        return self._optimizer.gradient_report(iteration)
-
-    def discard(self) -> None:
-        """Gives the iteration up: drops gradients, keeps the weights."""
-        self._optimizer.discard()
-
     def diagnose(self, iteration: int) -> Diagnosis:
-        """First fault of an iteration, and a weight that is not finite; of this rank."""
-        found = self._checks.diagnose(iteration, self._heads)
-        return replace(found, broken_weight=found.broken_weight or broken_weight(self._network))
-
-    def states(self, over: Mapping[str, RoleState]) -> dict[str, RoleState]:
-        """Copies of this rank's part of `discriminator`: the heads."""
-        return {ROLE: self._optimizer.state(over.get(ROLE))}
-
-    def load(self, folder: str) -> int:
-        """Goes on where `save` left off, bit for bit; see `LearningRole.load`."""
-        state = load_role(folder, ROLE, self._optimizer.rows)
-        self.discard()
-        self._optimizer.load_state(state)
-        return state.updates
-
-    def restore(self, snapshot: RoleSnapshot) -> int:
-        """Goes on where `snapshot` was taken, bit for bit; see `LearningRole.restore`."""
-        self.discard()
-        self._optimizer.restore(snapshot)
-        return snapshot.updates
+        """First fault of an iteration, and a weight that is not finite; of heads and features."""
+        found = super().diagnose(iteration)
+        return replace(found, broken_weight=found.broken_weight or broken_weight(self._denoiser))
 
     def _require_one(self, query: NoisedBatch, *keys: object) -> None:
         """Checks that the query is of this iteration, and that all inputs are about it."""
@@ -261,7 +231,7 @@ class Discriminator(LearningRole):
         return Loss(loss.value, {**loss.terms, **gaps_by_noise(real, fake, query.sigma)})
 
     def _features(self, query: NoisedBatch, state: Latents, sigma: PerSample) -> list[Tensor]:
-        return features_of(self._network, self._layers, state, sigma, query.text)
+        return features_of(self._denoiser, self._layers, state, sigma, query.text)
 
     @property
     def _inputs(self) -> list[torch.nn.Parameter] | None:

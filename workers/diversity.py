@@ -8,11 +8,10 @@ Its gradient adds to that of the signals, and one update serves both.
 
 from abc import abstractmethod
 
-from sgmd_core.errors import StaleCallError, non_finite_remedy
+from sgmd_core.errors import StaleCallError
 from sgmd_core.objectives.diversity import diversity_loss
 from sgmd_core.phases import Phase
 from sgmd_core.types import DiversityStart, DiversityTarget, Draws, MicroBatchKey, TextBatch
-from workers.finite import micro_batch_in_words
 from workers.inner_flow import FlowLearner
 from workers.placement import device_of
 from workers.reports import DiversityReport
@@ -80,13 +79,6 @@ class DiversityLearner(FlowLearner):
         loss = diversity_loss(velocity, target.velocity.to(device))
         handed = {**start.numbers, "the teacher's path": target.velocity}
         made = {"the generator's velocity": velocity, "the diversity loss": loss}
-        loss = self._checks.checked(
-            loss,
-            start.key,
-            f"learning diversity on the generator in {micro_batch_in_words(start.key)}",
-            {**handed, **made},
-            non_finite_remedy(start.key.iteration, "generator.optimizer.lr"),
-            stages_before=4,
-        )
+        loss = self._checked(loss, "learning diversity", start.key, {**handed, **made}, 4)
         (share * self._diversity.weight * loss).backward()
         return DiversityReport(metrics={"diversity": loss.item()})

@@ -13,12 +13,10 @@ device for another network, and sharded ranks go through the collectives that th
 from abc import abstractmethod
 
 import torch
-from torch import nn
 
 from sgmd_core.errors import StaleCallError
 from sgmd_core.objectives import Objective
 from sgmd_core.types import NoisedBatch, Scalar, detached
-from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
 from workers.reports import TrackReport
 from workers.saving import LearningRole
@@ -31,9 +29,7 @@ HELD = "held"
 class ExtraUpdates(LearningRole):
     """Part of a role that tracks: updates that leave no trace."""
 
-    _network: nn.Module
     _objective: Objective
-    _optimizer: RoleOptimizer
 
     def __init__(self) -> None:
         super().__init__()

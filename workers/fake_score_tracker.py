@@ -53,13 +53,13 @@ from sgmd_core.types import (
 from workers.adapters import make_trainable
 from workers.checked_losses import VELOCITY_FAKE, VELOCITY_TEACHER, checked_losses
 from workers.extra_updates import ExtraUpdates
-from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
+from workers.finite import FiniteChecks, micro_batch_in_words
 from workers.kept_forwards import KeptForward, KeptForwards
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
 from workers.restarts import Restarts
-from workers.role_state import RoleState, load_role, require_same_tensors
+from workers.role_state import require_same_tensors
 from workers.score_looks import with_looks
 from workers.settings import FakeScoreSettings
 from workers.sharding import is_sharded, local_shard, parameters_of
@@ -78,6 +78,8 @@ class FakeScoreTracker(ExtraUpdates):
         settings: Tracking mode, mixing and optimizer.
         checks: Checks of the numbers that go in and come out; by default they raise.
     """
+
+    _role = ROLE
 
     def __init__(
         self,
@@ -287,7 +289,7 @@ class FakeScoreTracker(ExtraUpdates):
                 "one track call for every signal",
                 "Send the missing calls, or call discard to give the iteration up",
             )
-        return self._optimizer.gradient_report(iteration)
+        return super().gradient_report(iteration)
 
     @torch.no_grad()
     def mix_weights(self, weights: Mapping[str, Tensor], skip: bool = False) -> None:
@@ -332,44 +334,19 @@ class FakeScoreTracker(ExtraUpdates):
         if self._both is not None:
             self._both.clear()
         self.end_extra()
-        self._optimizer.discard()
-
-    def diagnose(self, iteration: int) -> Diagnosis:
-        """First fault of an iteration, and a weight that is not finite; of this rank."""
-        return self._checks.diagnose(iteration, self._network)
-
-    def states(self, over: Mapping[str, RoleState]) -> dict[str, RoleState]:
-        """Copies of this rank's part of `fake_score`."""
-        return {ROLE: self._optimizer.state(over.get(ROLE))}
+        super().discard()
 
     def load(self, folder: str) -> int:
-        """Goes on where `save` left off, bit for bit.
-
-        Returns:
-            Updates made so far.
-
-        Raises:
-            CheckpointError: A file is missing or torn, or belongs to another network.
-        """
-        state = load_role(folder, ROLE, self._optimizer.rows)
-        self.discard()
+        """Goes on where `save` left off, bit for bit; see `LearningRole.load`."""
+        updates = super().load(folder)
         self._restarts.forget()
-        self._optimizer.load_state(state)
-        return state.updates
+        return updates
 
     def restore(self, snapshot: RoleSnapshot) -> int:
-        """Goes on where `snapshot` was taken, bit for bit; gives the iteration under way up.
-
-        Returns:
-            Updates made so far.
-
-        Raises:
-            CheckpointError: It belongs to another network.
-        """
-        self.discard()
+        """Goes on where `snapshot` was taken, bit for bit; see `LearningRole.restore`."""
+        updates = super().restore(snapshot)
         self._restarts.forget()
-        self._optimizer.restore(snapshot)
-        return snapshot.updates
+        return updates
 
     @property
     def _waiting(self) -> list[MicroBatchKey]:

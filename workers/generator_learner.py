@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sgmd_core.buckets import LatentBuckets
-from sgmd_core.errors import StaleCallError, non_finite_remedy
+from sgmd_core.errors import StaleCallError
 from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.objectives.meanflow import MeanFlowTerm
 from sgmd_core.phases import Phase, Phases
@@ -41,7 +41,7 @@ from workers.adapters import lora_of, make_trainable
 from workers.diversity import DiversityLearner
 from workers.ema import AveragedWeights
 from workers.exported_generator import write_generator
-from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
+from workers.finite import FiniteChecks
 from workers.models.exporting import DTYPES, kept_in_fp32, narrowed_one
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
@@ -72,6 +72,8 @@ class GeneratorLearner(DiversityLearner):
         first_tracked: First step that rollouts for the fake score may leave at; None: as those for
             the generator.
     """
+
+    _role = ROLE
 
     def __init__(
         self,
@@ -211,7 +213,7 @@ class GeneratorLearner(DiversityLearner):
                 "a signal for every rollout",
                 "Send the missing signals, or call discard to give the iteration up",
             )
-        return self._optimizer.gradient_report(iteration)
+        return super().gradient_report(iteration)
 
     def step(self, iteration: int, skip: bool = False, rate: float = 1.0) -> int:
         """Updates the weights, then their average.
@@ -236,11 +238,7 @@ class GeneratorLearner(DiversityLearner):
     def discard(self) -> None:
         """Gives the iteration up: drops graphs and gradients, keeps the weights."""
         self._kept.clear()
-        self._optimizer.discard()
-
-    def diagnose(self, iteration: int) -> Diagnosis:
-        """First fault of an iteration, and a weight that is not finite; of this rank."""
-        return self._checks.diagnose(iteration, self._network)
+        super().discard()
 
     def trained_weights(self) -> dict[str, Tensor]:
         """A copy of the weights as they are, for the fake score to be mixed with.
@@ -315,22 +313,16 @@ class GeneratorLearner(DiversityLearner):
 
     def states(self, over: Mapping[str, RoleState]) -> dict[str, RoleState]:
         """Copies of this rank's part of `generator` and, where an average is kept, of `ema`."""
-        own = self._optimizer.state(over.get(ROLE))
+        own = super().states(over)
         if self._average is None:
-            return {ROLE: own}
+            return own
         former = over[AVERAGE].weights if AVERAGE in over else {}
         average = copies(self._average.average.items(), former)
-        return {ROLE: own, AVERAGE: replace(own, weights=average, moments={})}
+        return {**own, AVERAGE: replace(own[ROLE], weights=average, moments={})}
 
     def load(self, folder: str) -> int:
-        """Goes on where `save` left off, bit for bit.
-
-        Returns:
-            Updates made so far.
-
-        Raises:
-            CheckpointError: A file is missing or torn, or belongs to another network.
-        """
+        """Goes on where `save` left off, bit for bit; see `LearningRole.load`."""
+        # Both are read before either is changed.
         rows = self._optimizer.rows
         state = load_role(folder, ROLE, rows)
         average = None if self._average is None else load_role(folder, AVERAGE, rows)
@@ -342,7 +334,7 @@ class GeneratorLearner(DiversityLearner):
 
     def snapshot(self) -> RoleSnapshot:
         """A copy of this rank's part of the state, in main memory; changes nothing."""
-        snapshot = self._optimizer.snapshot()
+        snapshot = super().snapshot()
         if self._average is None:
             return snapshot
         return replace(snapshot, average=copies(self._average.average.items()))
@@ -351,22 +343,14 @@ class GeneratorLearner(DiversityLearner):
         """Size of the snapshot that would be taken now."""
         average = {} if self._average is None else self._average.average
         kept = sum(local_part(value).nbytes for value in average.values())
-        return self._optimizer.snapshot_bytes() + kept
+        return super().snapshot_bytes() + kept
 
     def restore(self, snapshot: RoleSnapshot) -> int:
-        """Goes on where `snapshot` was taken, bit for bit; gives the iteration under way up.
-
-        Returns:
-            Updates made so far.
-
-        Raises:
-            CheckpointError: It belongs to another network.
-        """
-        self.discard()
-        self._optimizer.restore(snapshot)
+        """Goes on where `snapshot` was taken, bit for bit; see `LearningRole.restore`."""
+        updates = super().restore(snapshot)
         if self._average is not None:
             self._average.restore(snapshot.average)
-        return snapshot.updates
+        return updates
 
     def _place_or_draw(self, key: MicroBatchKey, text: TextBatch, draws: Draws | None) -> Draws:
         if draws is None:
@@ -426,23 +410,6 @@ class GeneratorLearner(DiversityLearner):
         if phase is None or not phase.anchored:
             return query
         return anchored(query, left, self._schedule.generator_grid(self._num_steps)[phase.end])
-
-    def _checked(
-        self,
-        value: Tensor,
-        attempted: str,
-        key: MicroBatchKey,
-        numbers: Mapping[str, Tensor],
-        stages_before: int = 4,
-    ) -> Tensor:
-        return self._checks.checked(
-            value,
-            key,
-            f"{attempted} on the generator in {micro_batch_in_words(key)}",
-            numbers,
-            non_finite_remedy(key.iteration, "generator.optimizer.lr"),
-            stages_before=stages_before,
-        )
 
 
 @dataclass(frozen=True, slots=True)

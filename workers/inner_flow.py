@@ -9,14 +9,12 @@ With guidance both are asked once more, under the negative prompt and without a 
 
 import torch
 
-from sgmd_core.errors import non_finite_remedy
 from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.objectives.meanflow import MeanFlowTerm, Strides
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import stride_draws
 from sgmd_core.types import DataBatch, MicroBatchKey, NoisedBatch, PerSample, Text, TextBatch
 from workers.consistency import ConsistencyLearner
-from workers.finite import micro_batch_in_words
 from workers.models.family import TransitionDenoiser
 from workers.reports import FlowReport
 
@@ -70,18 +68,12 @@ class FlowLearner(ConsistencyLearner):
             strides.r,
         )
         loss = term.loss(strides, *answers)
-        value = self._checks.checked(
-            loss.value,
-            key,
-            f"learning strides on the generator in {micro_batch_in_words(key)}",
-            {
-                "the noised data": query.x_t,
-                "the head's answers": answers,
-                "the MeanFlow loss": loss.value,
-            },
-            non_finite_remedy(key.iteration, "generator.optimizer.lr"),
-            stages_before=1,
-        )
+        numbers = {
+            "the noised data": query.x_t,
+            "the head's answers": answers,
+            "the MeanFlow loss": loss.value,
+        }
+        value = self._checked(loss.value, "learning strides", key, numbers, 1)
         (share * value).backward()
         return FlowReport({name: each.item() for name, each in loss.terms.items()})
 

@@ -11,13 +11,16 @@ go on from them.
 """
 
 import threading
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping
 
+from torch import nn
+
 from sgmd_core.errors import NonFiniteError, StaleCallError
-from workers.finite import Diagnosis, broken_tensor
+from workers.finite import Diagnosis, FiniteChecks, broken_tensor
 from workers.optimizer import RoleOptimizer
-from workers.role_state import RoleState, save_role
+from workers.reports import GradientReport
+from workers.role_state import RoleState, load_role, save_role
 from workers.snapshots import RoleSnapshot
 
 _NAME = "save-state"
@@ -99,20 +102,20 @@ def _require_finite(folder: str, role: str, state: RoleState) -> None:
         )
 
 
-class SavedRole(ABC):
-    """A role whose state is saved beside its work."""
+class LearningRole(ABC):
+    """A role that learns: what a run asks of each of them alike.
+
+    Its state is saved beside its work.
+    """
+
+    _role: str  # subfolder of a checkpoint
+    _network: nn.Module
+    _optimizer: RoleOptimizer
+    _checks: FiniteChecks
 
     def __init__(self) -> None:
         self._writer = StateWriter()
         self._copied: dict[str, RoleState] = {}
-
-    @abstractmethod
-    def states(self, over: Mapping[str, RoleState]) -> dict[str, RoleState]:
-        """Copies of this rank's part of everything to save, by subfolder; every rank has one.
-
-        Args:
-            over: Earlier ones that are no longer needed; their memory is used again.
-        """
 
     def begin_save(self, folder: str) -> int:
         """Copies the state as it is, and starts writing it under a checkpoint folder.
@@ -163,11 +166,14 @@ class SavedRole(ABC):
         self.begin_save(folder)
         return self.finish_save(folder) or {}
 
+    def gradient_report(self, iteration: int) -> GradientReport:
+        """Norm of the gathered gradient; updates nothing.
 
-class LearningRole(SavedRole):
-    """A role that learns: what a run asks of each of them alike."""
-
-    _optimizer: RoleOptimizer
+        Raises:
+            StaleCallError: A micro-batch is not finished, another iteration is under way, or
+                nothing was gathered.
+        """
+        return self._optimizer.gradient_report(iteration)
 
     def step(self, iteration: int, skip: bool = False) -> int:
         """Updates the weights.
@@ -185,17 +191,24 @@ class LearningRole(SavedRole):
         """
         return self._optimizer.step(iteration, skip)
 
-    @abstractmethod
     def discard(self) -> None:
         """Gives the iteration up: drops graphs and gradients, keeps the weights."""
+        self._optimizer.discard()
 
-    @abstractmethod
     def diagnose(self, iteration: int) -> Diagnosis:
         """First fault of an iteration, and a weight that is not finite; of this rank."""
+        return self._checks.diagnose(iteration, self._network)
 
-    @abstractmethod
+    def states(self, over: Mapping[str, RoleState]) -> dict[str, RoleState]:
+        """Copies of this rank's part of everything to save, by subfolder; every rank has one.
+
+        Args:
+            over: Earlier ones that are no longer needed; their memory is used again.
+        """
+        return {self._role: self._optimizer.state(over.get(self._role))}
+
     def load(self, folder: str) -> int:
-        """Goes on where `save` left off, bit for bit.
+        """Goes on where `save` left off, bit for bit; gives the iteration under way up.
 
         Returns:
             Updates made so far.
@@ -203,6 +216,10 @@ class LearningRole(SavedRole):
         Raises:
             CheckpointError: A file is missing or torn, or belongs to another network.
         """
+        state = load_role(folder, self._role, self._optimizer.rows)
+        self.discard()
+        self._optimizer.load_state(state)
+        return state.updates
 
     def snapshot(self) -> RoleSnapshot:
         """A copy of this rank's part of the state, in main memory; changes nothing."""
@@ -212,7 +229,6 @@ class LearningRole(SavedRole):
         """Size of the snapshot that would be taken now."""
         return self._optimizer.snapshot_bytes()
 
-    @abstractmethod
     def restore(self, snapshot: RoleSnapshot) -> int:
         """Goes on where `snapshot` was taken, bit for bit; gives the iteration under way up.
 
@@ -222,3 +238,6 @@ class LearningRole(SavedRole):
         Raises:
             CheckpointError: It belongs to another network.
         """
+        self.discard()
+        self._optimizer.restore(snapshot)
+        return snapshot.updates
