@@ -33,7 +33,7 @@ from pipelines.stages.algorithm import (
     LEARN_FLOW,
     STAGES,
     TRACK,
-    StageSpec,
+    CallInputs,
 )
 from sgmd_core.objectives.adversarial import finished_gaps
 from sgmd_core.types import DataBatch, Draws, MicroBatchKey, Text, TextBatch
@@ -241,8 +241,9 @@ class _CallDispatcher:
     def dispatch(self, call: Call, results: Mapping[str, Future[Any]]) -> Future[Any]:
         """Makes a call with the results of the stages that it takes."""
         self._stops.require_time()
-        stage = STAGES[call.role, call.stage]
-        arguments = stage.arguments(_Inputs(self, call, results))
+        stage, plan = STAGES[call.role, call.stage], self._plan
+        inputs = _Inputs(call, results, plan.batch_size, plan.negative, plan.generator_rate, self)
+        arguments = stage.arguments(inputs)
         return self._groups[call.role].call_rank(call.rank, stage.method, *arguments)
 
     def on_report(self, call: Call, report: Any) -> None:  # noqa: ANN401  (of any stage)
@@ -274,27 +275,12 @@ class _CallDispatcher:
         for key in [key for key in self._texts if key[0] == iteration]:
             del self._texts[key]
 
-    def share(self, call: Call) -> float:
-        """Samples of a call over samples of the iteration."""
-        return call.num_samples / self._plan.batch_size
-
-    @property
-    def generator_rate(self) -> float:
-        """Multiple of the generator's learning rate."""
-        return self._plan.generator_rate
-
-    @property
-    def negative(self) -> Future[Text]:
-        """Embedding of the negative prompt."""
-        return self._plan.negative
-
     def data(self, call: Call) -> Future[DataBatch]:
         """Latents of the data of a call's samples."""
         assert call.micro_batch is not None, "data are asked for without a micro-batch"
         batch = self._prompts[call.iteration][self._batch_of_phase[call.phase]]
         assert batch.data is not None, "the feed reads no latents"
-        sizes = self._plan.micro_batch_sizes
-        before = sum(sizes[: call.micro_batch])
+        before = self._plan.rows(call.micro_batch)[0]
         start, stop = call.samples
         return join([(batch.data, (0, self._plan.batch_size))], (before + start, before + stop))
 
@@ -319,72 +305,43 @@ class _CallDispatcher:
             batch = self._batch_of_phase[phase]
             prompts = self._prompts[iteration][batch]
             first_sample = max(0, batch - 1) * self._plan.batch_size
-            self._texts[iteration, phase] = [
-                self._encode(iteration, phase, index, prompts, first_sample)
-                for index in range(self._plan.micro_batches)
-            ]
+            texts: list[Future[TextBatch]] = []
+            for index in range(self._plan.micro_batches):
+                rows = self._plan.rows(index)
+                with labelled(iteration, phase, index):
+                    texts.append(encode_part(self._text, prompts, rows, first_sample))
+            self._texts[iteration, phase] = texts
         return self._texts[iteration, phase]
-
-    def _encode(
-        self, iteration: int, phase: int, index: int, prompts: PromptBatch, first_sample: int
-    ) -> Future[TextBatch]:
-        sizes = self._plan.micro_batch_sizes
-        before = sum(sizes[:index])
-        rows = tuple(range(before, before + sizes[index]))
-        with labelled(iteration, phase, index):
-            return encode_part(self._text, prompts, rows, first_sample)
 
 
 def encode_part(
-    text: WorkerGroup[TextEncoder], prompts: PromptBatch, rows: tuple[int, ...], first_sample: int
+    text: WorkerGroup[TextEncoder], prompts: PromptBatch, rows: range, first_sample: int
 ) -> Future[TextBatch]:
     """Has some captions of a batch encoded, or their embeddings taken.
 
     Args:
         text: The encoder.
         prompts: The captions.
-        rows: Which of them; they follow one another.
+        rows: Which of them.
         first_sample: Place of the batch's first sample, by which random draws are counted.
     """
     if prompts.stored is not None:
         dropped = tuple(sorted(prompts.dropped))
-        return text.call_rank(0, TextEncoder.place, prompts.stored, rows, first_sample, dropped)
-    captions = prompts.captions[rows[0] : rows[-1] + 1]
+        return text.call_rank(
+            0, TextEncoder.place, prompts.stored, tuple(rows), first_sample, dropped
+        )
+    captions = prompts.captions[rows.start : rows.stop]
     indices = tuple(first_sample + row for row in rows)
     return text.call_rank(0, TextEncoder.encode, captions, indices)
 
 
 @dataclass(frozen=True, slots=True)
-class _Inputs:
-    """Inputs of one call, as `algorithm.CallInputs` asks for them."""
-
+class _Inputs(CallInputs):
     dispatcher: _CallDispatcher
-    call: Call
-    results: Mapping[str, Future[Any]]
-
-    @property
-    def iteration(self) -> int:
-        return self.call.iteration
-
-    @property
-    def share(self) -> float:
-        return self.dispatcher.share(self.call)
-
-    @property
-    def weight(self) -> float:
-        return 0.0 if self.call.stands_in else 1.0
 
     @property
     def skips(self) -> bool:
         return self.dispatcher.skips(self.call)
-
-    @property
-    def rate(self) -> float:
-        return self.dispatcher.generator_rate
-
-    @property
-    def negative(self) -> Future[Text]:
-        return self.dispatcher.negative
 
     @property
     def data(self) -> Future[DataBatch]:
@@ -392,9 +349,6 @@ class _Inputs:
 
     def prompts(self) -> tuple[MicroBatchKey, Future[TextBatch], Draws | None]:
         return self.dispatcher.prompts(self.call)
-
-    def of(self, *stages: StageSpec) -> Future[Any]:
-        return next(self.results[stage.name] for stage in stages if stage.name in self.results)
 
 
 def _report(

@@ -79,6 +79,12 @@ class IterationPlan:
             for size in split_evenly(group, parts)
         )
 
+    def rows(self, micro_batch: int) -> range:
+        """Places of a micro-batch's samples in the batch."""
+        sizes = self.micro_batch_sizes
+        before = sum(sizes[:micro_batch])
+        return range(before, before + sizes[micro_batch])
+
     def key(self, iteration: int, micro_batch: int, update: int) -> MicroBatchKey:
         """Names a micro-batch, and the draw of the exit step that it takes.
 

@@ -40,7 +40,7 @@ from pipelines.config.lag import LagSettings
 from pipelines.distillation.iteration import PromptBatch, PromptsOf, Roles, encode_part
 from pipelines.distillation.iteration_plan import IterationPlan
 from pipelines.run.stopping import StopRequests
-from pipelines.stages.algorithm import EXTRA_TRACK, HELD_LOSS, SAMPLE, StageSpec
+from pipelines.stages.algorithm import EXTRA_TRACK, HELD_LOSS, SAMPLE, CallInputs, StageSpec
 from sgmd_core.metrics.lag import falling_rate, settling_updates, tracking_lag
 from sgmd_core.types import Purpose
 from workers.extra_updates import HELD
@@ -276,7 +276,8 @@ class _Batches:
         def dispatch(call: Call, results: Mapping[str, Future[Any]]) -> Future[Any]:
             self.stops.require_time()
             asked = stages[call.stage]
-            arguments = asked.arguments(_Inputs(plan, call, results, number, texts))
+            given = (call, results, plan.batch_size, plan.negative, 1.0)
+            arguments = asked.arguments(_Inputs(*given, plan, number, texts))
             group = self.roles.scheduled[call.role]
             return group.call_rank(call.rank, asked.method, *arguments)
 
@@ -295,46 +296,15 @@ class _Batches:
         return fmean(losses, [samples for samples, _ in reports])
 
     def _text(self, part: int, number: int) -> Future[Any]:
-        sizes = self.plan.micro_batch_sizes
-        first = sum(sizes[:part])
-        rows = tuple(range(first, first + sizes[part]))
-        prompts = self.prompts[number % len(self.prompts)]
+        prompts, rows = self.prompts[number % len(self.prompts)], self.plan.rows(part)
         return encode_part(self.roles.text, prompts, rows, number * self.plan.batch_size)
 
 
 @dataclass(frozen=True, slots=True)
-class _Inputs:
-    """Inputs of one call, as `algorithm.CallInputs` asks for them."""
-
+class _Inputs(CallInputs):
     plan: IterationPlan
-    call: Call
-    results: Mapping[str, Future[Any]]
     number: int
     texts: Sequence[Future[Any]]
-
-    @property
-    def iteration(self) -> int:
-        return self.call.iteration
-
-    @property
-    def share(self) -> float:
-        return self.call.num_samples / self.plan.batch_size
-
-    @property
-    def weight(self) -> float:
-        return 0.0 if self.call.stands_in else 1.0
-
-    @property
-    def skips(self) -> bool:
-        return False
-
-    @property
-    def rate(self) -> float:
-        return 1.0
-
-    @property
-    def negative(self) -> Future[Any]:
-        return self.plan.negative
 
     @property
     def data(self) -> Future[Any]:
@@ -346,6 +316,3 @@ class _Inputs:
         text = join([(self.texts[part], (0, self.plan.micro_batch_sizes[part]))], call.samples)
         key = self.plan.key(call.iteration, part, 1 + self.number)
         return replace(key, purpose=Purpose.LAG), text
-
-    def of(self, *stages: StageSpec) -> Future[Any]:
-        return next(self.results[stage.name] for stage in stages if stage.name in self.results)

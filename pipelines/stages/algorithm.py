@@ -39,13 +39,14 @@ A stage states its role, the method that does the work, what the method is hande
 back. The dispatcher, the planner and the study read these constants.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 from cluster.schedule.program import Pass, Program, Stage, Update, WeightTransfer
-from cluster.schedule.schedule import GATHER, STEP
+from cluster.schedule.schedule import GATHER, STEP, Call
 from cluster.worker_group import Future
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from sgmd_core.objectives import ComparedStates
@@ -62,51 +63,56 @@ class Sent(StrEnum):
     TEXT = "text"
 
 
-class CallInputs(Protocol):
-    """Inputs of a stage's call."""
+@dataclass(frozen=True, slots=True)
+class CallInputs(ABC):
+    """Inputs of a stage's call.
+
+    Attributes:
+        call: The call.
+        results: Results of the stages that it takes, by name.
+        batch_size: Samples of the iteration.
+        negative: Embedding of the negative prompt.
+        rate: Multiple of the generator's learning rate.
+    """
+
+    call: Call
+    results: Mapping[str, Future[Any]]
+    batch_size: int
+    negative: Future[Any]
+    rate: float
 
     @property
     def iteration(self) -> int:
         """Generator updates made before this iteration."""
-        ...
+        return self.call.iteration
 
     @property
     def share(self) -> float:
         """Samples of the call over samples of the iteration."""
-        ...
+        return self.call.num_samples / self.batch_size
 
     @property
     def weight(self) -> float:
         """0 where the rank has no sample of its own, else 1."""
-        ...
+        return 0.0 if self.call.stands_in else 1.0
 
     @property
     def skips(self) -> bool:
         """True in an update that is skipped."""
-        ...
+        return False
 
     @property
-    def rate(self) -> float:
-        """Multiple of the generator's learning rate."""
-        ...
-
-    @property
-    def negative(self) -> Future[Any]:
-        """Embedding of the negative prompt."""
-        ...
-
-    @property
+    @abstractmethod
     def data(self) -> Future[Any]:
         """Latents of the data, as many as the call has samples; see `StageSpec.needs_data`."""
-        ...
 
+    @abstractmethod
     def prompts(self) -> tuple[Any, ...]:
         """Key, captions and, where they are given, random numbers of the call's samples."""
-        ...
 
     def of(self, *stages: "StageSpec") -> Future[Any]:
         """Result of the first of these stages that made an input of the call."""
-        ...
+        return next(self.results[stage.name] for stage in stages if stage.name in self.results)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
