@@ -70,8 +70,6 @@ def fastest_fit(
 
 def _work_s(work: Workload, times: StageTimes) -> float:
     """Seconds of all stages of an iteration on one GPU."""
-    updates = max(1, work.fresh_updates)
     return work.batch_size * sum(
-        seconds * (updates if stage in ("sample", "track") else 1)
-        for (_, stage), seconds in times.seconds.items()
+        seconds * work.updates_with(stage) for (_, stage), seconds in times.seconds.items()
     )

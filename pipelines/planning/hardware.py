@@ -10,11 +10,13 @@ model family with the same kind of sharding: Wan 2.1 14B, 37,440 tokens a sample
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Self
 
+from cluster.schedule.schedule import Call
+from cluster.schedule.simulate import Costs
 from sgmd_core.errors import ConfigError
 
 GB = 1e9
@@ -71,6 +73,19 @@ class Hardware:
         near = ranks <= self.ranks_per_machine
         bandwidth = self.gather_bandwidth if near else self.gather_bandwidth_between
         return num_bytes * (ranks - 1) / ranks / bandwidth
+
+    def costs(
+        self, seconds: Callable[[Call], float], result_bytes: Callable[[Call], float]
+    ) -> Costs:
+        """Costs of an iteration's calls: their seconds, and what lies between two GPUs."""
+        return Costs(
+            seconds,
+            result_bytes,
+            bandwidth=self.wire_bandwidth,
+            latency_s=self.wire_latency_s,
+            call_s=self.call_s,
+            answer_s=self.answer_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -345,14 +345,7 @@ def _costs(
         share = -(-call.num_samples // parties) if call.micro_batch is not None else 0
         return sent.get((call.role, call.stage), 0) * share
 
-    return Costs(
-        seconds,
-        bytes_of,
-        bandwidth=hardware.wire_bandwidth,
-        latency_s=hardware.wire_latency_s,
-        call_s=hardware.call_s,
-        answer_s=hardware.answer_s,
-    )
+    return hardware.costs(seconds, bytes_of)
 
 
 def _too_slow_exchange(name: StageName, sample_s: float, exchange_s: float) -> ConfigError:
@@ -382,10 +375,9 @@ def _gathered_bytes(
     work: Workload, ranks: Mapping[str, int], micro_batches: Mapping[str, float]
 ) -> float:
     """Bytes of weights and gradients that a rank is sent in an iteration."""
-    updates = max(1, work.fresh_updates)
     return sum(
         moved
-        * (updates if stage in ("sample", "track") else 1)
+        * work.updates_with(stage)
         * micro_batches.get(role, 0)
         * (ranks[role] - 1)
         / ranks[role]
@@ -410,8 +402,7 @@ def _work_s(work: Workload, times: StageTimes, hardware: Hardware, one: PoolMap)
     sizes = split_evenly(work.batch_size, one.micro_batches)
     own: dict[str, float] = dict.fromkeys(one.places, 0.0)
     for (role, stage), seconds in times.seconds.items():
-        updates = max(1, work.fresh_updates) if stage in ("sample", "track") else 1
-        own[role] += seconds * updates
+        own[role] += seconds * work.updates_with(stage)
 
     def busy_s(pool: str, role: str) -> float:
         rounds = sum(work.samples_of_a_rank(role, size, one.ranks[pool]) for size in sizes)

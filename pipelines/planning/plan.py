@@ -102,17 +102,12 @@ class Plan:
             },
             "stage_times": self.times.source,
             "workload": {
-                **asdict(self.work),
-                "bf16": sorted(self.work.bf16),
-                "checkpointing": sorted(self.work.checkpointing),
-                "selective": sorted(self.work.selective),
-                "offloading": sorted(self.work.offloading),
-                "momentum": sorted(self.work.momentum),
-                "moments_on_cpu": sorted(self.work.moments_on_cpu),
-                "moments_in_8_bits": sorted(self.work.moments_in_8_bits),
+                **{
+                    name: sorted(value) if isinstance(value, frozenset) else value
+                    for name, value in asdict(self.work).items()
+                },
                 "adapters": dict(self.work.adapters),
                 "ulysses": dict(self.work.ulysses),
-                "frozen_in_bf16": sorted(self.work.frozen_in_bf16),
                 "parameters": self.work.shape.num_parameters,
                 "tokens": self.work.shape.num_tokens(self.work.latent_shape),
                 "forward_flops": self.work.forward_flops,

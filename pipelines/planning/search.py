@@ -259,19 +259,13 @@ def _costs(
         # Weights are gathered while the layer before computes.
         return max(working_s, hardware.gather_s(gathered[name], teams[call.role].ranks))
 
-    return Costs(
-        seconds,
+    def bytes_of(call: Call) -> float:
         # The weights are handed over whole, whatever the number of samples.
-        lambda call: (
-            weights
-            if call.stage == "trained_weights"
-            else sent.get((call.role, call.stage), 0) * share
-        ),
-        bandwidth=hardware.wire_bandwidth,
-        latency_s=hardware.wire_latency_s,
-        call_s=hardware.call_s,
-        answer_s=hardware.answer_s,
-    )
+        if call.stage == "trained_weights":
+            return weights
+        return sent.get((call.role, call.stage), 0) * share
+
+    return hardware.costs(seconds, bytes_of)
 
 
 def _bound_s(work: Workload, times: StageTimes, split: PoolSplit) -> float:
@@ -290,8 +284,7 @@ def _work_s(work: Workload, times: StageTimes, split: PoolSplit) -> dict[str, fl
     """Seconds that each role works in an iteration."""
     own = {role: 0.0 for role in ROLES}
     for (role, stage), seconds in times.seconds.items():
-        updates = max(1, work.fresh_updates) if stage in ("sample", "track") else 1
-        own[role] += seconds * work.batch_size * updates / split.teams[role].size
+        own[role] += seconds * work.batch_size * work.updates_with(stage) / split.teams[role].size
     return own
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from cluster.files import store_address
 from cluster.storage import read_text
-from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES
+from pipelines.config.recipe import load_recipe
+from pipelines.config.roles import GENERATOR, ROLES
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.kept_bytes import kept_copies, stream_bytes
 from pipelines.planning.workload import COUNTED_WITH, StageName, Workload, mean_over_sizes
@@ -206,14 +206,9 @@ def _from_run(folder: Path) -> _Found:
                 spent += _seconds(seconds.get(added), 0.0)
                 times.append(spent * (flops[name] / own[name] if own[name] else 1.0))
         if times:
-            found[name] = median(times) / _samples(config, work, name)
+            samples = config.batch.size * work.updates_with(name[1])
+            found[name] = median(times) / samples
     return found, flops, f"{_MEASURED} in {len(records)} iterations of {run}", work.ulysses
-
-
-def _samples(config: DistillConfig, work: Workload, name: StageName) -> int:
-    """Samples that a stage sees in one iteration."""
-    on_fresh = name in ((GENERATOR, "sample"), (FAKE_SCORE, "track")) and work.fresh_updates
-    return config.batch.size * (work.fresh_updates if on_fresh else 1)
 
 
 def _seconds(value: object, default: float) -> float:

@@ -288,6 +288,10 @@ class Workload:
         kept = flops.attention * tokens / (tokens + self.text_length)
         return 1 - kept / flops.forward
 
+    def updates_with(self, stage: str) -> int:
+        """Times that an iteration goes through a stage: fresh tracking repeats its own."""
+        return max(1, self.fresh_updates) if stage in ("sample", "track") else 1
+
     @property
     def through_teacher(self) -> bool:
         """The loss also passes through the teacher's input."""
