@@ -57,7 +57,7 @@ EXCLUDED = (
     "*.egg-info/",
     *SECRET_FILES,
 )
-"""What stays at home, besides what .gitignore and .rayignore name.
+"""Patterns of files that stay at home, besides those of .gitignore and .rayignore.
 
 A leading slash means the folder on top alone: a package may have a `data` of its own.
 """

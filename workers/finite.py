@@ -20,7 +20,7 @@ from sgmd_core.errors import NonFiniteError
 from sgmd_core.types import MicroBatchKey
 
 UNCHANGED = "No weight was updated from this micro-batch"
-"""What a role that refuses one says about its state."""
+"""State of a role that has refused a micro-batch, in words."""
 
 
 def micro_batch_in_words(key: MicroBatchKey) -> str:

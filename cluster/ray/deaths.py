@@ -62,7 +62,7 @@ FROZEN: dict[str, FrozenProcess] = {}
 """Processes that the watch has ended, by actor id: Ray only says that they were killed."""
 
 FROZEN_MACHINES: dict[str, str] = {}
-"""Why the watch has ended the raylet of a machine, by Ray's id of the machine."""
+"""Reasons for which the watch has ended a machine's raylet, by Ray's id of the machine."""
 
 
 def death_of(

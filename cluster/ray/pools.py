@@ -11,7 +11,7 @@ from typing import Literal
 from cluster.errors import ClusterError
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
-"""How the ranks of a pool lie on the machines, as Ray defines it: on few or on many, if possible
+"""Placement of a pool's ranks on the machines, as Ray defines it: on few or on many, if possible,
 or (strict) necessarily on one or each on another."""
 
 

@@ -166,7 +166,7 @@ READINGS = (
     TableColumn("px/frame", _speed),
     TableColumn("motion", _motion),
 )
-"""What the clips show: shares of right answers, speed, and motion beside the teacher's."""
+"""Readings of the clips: shares of right answers, speed, and motion beside the teacher's."""
 
 DISTANCES = (
     TableColumn("distance", _distance),
@@ -174,4 +174,4 @@ DISTANCES = (
     TableColumn("ratio", _ratio),
     TableColumn("s/video", _seconds),
 )
-"""How far from the reference, and how fast."""
+"""Distance from the reference, and speed of sampling."""

@@ -47,11 +47,11 @@ class DataSettings(Section):
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Share of the rows that may be unusable; past it the run stops and names the worst shards."""
     shuffle: ShuffleSettings = ShuffleSettings()
-    """How well rows are mixed."""
+    """Mixing of rows."""
     read_ahead: ReadAheadSettings = ReadAheadSettings()
-    """How far ahead of the training data are read."""
+    """Reading of data ahead of the training."""
     s3: S3Settings = S3Settings()
-    """How an S3 server is spoken to. Endpoint and keys come from the usual AWS variables."""
+    """Requests to an S3 server. Endpoint and keys come from the usual AWS variables."""
     weight: float = Field(default=1.0, gt=0, le=1e6)
     """Weight of `train` among several sets; its share of samples is this over the sum of all."""
     also: tuple[FurtherCaptions, ...] = Field(default=(), max_length=64)

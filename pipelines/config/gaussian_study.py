@@ -64,7 +64,7 @@ class NetworkSettings(Section):
     """Hidden layers of the generator, where it has others than the fake score; null: as many. With
     0, a generator of one step is affine, and makes a Gaussian whose score is known."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
-    """How long Adam remembers squared gradients. Where gradients jump, a step can be
+    """Adam's decay of squared gradients. Where gradients jump, a step can be
     1 / sqrt(1 - beta2) times the rate: 32 times at 0.999, 3.2 times at 0.9."""
 
 

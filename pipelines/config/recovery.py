@@ -30,6 +30,7 @@ class RecoverySettings(Section):
     """Seconds for which the object store of a run at an address may fail while training goes on.
     States are then saved once it answers again. 0: its first failure ends the run."""
     shortage: Literal["wait", "replan"] = "wait"
-    """Where no machine comes for `wait_s` in place of a lost one: `wait` ends the run, to be
-    resumed once there is one; `replan` goes on from the newest checkpoint with fewer ranks, or all
-    roles in one pool: the largest topology that fits on what is left. Trials of a sweep end."""
+    """End of waiting, where no machine comes for `wait_s` in place of a lost one: `wait` ends the
+    run, to be resumed once there is one; `replan` goes on from the newest checkpoint with fewer
+    ranks, or all roles in one pool: the largest topology that fits on what is left. Trials of a
+    sweep end."""

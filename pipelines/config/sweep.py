@@ -108,13 +108,13 @@ class SweepSettings(Section):
     grid: dict[str, list[JsonValue]] = Field(default_factory=dict)
     """Values to try by dotted key, for example `objective.lambda_nr: [0.05, 0.1]`."""
     settings: dict[str, JsonValue] = Field(default_factory=dict)
-    """What every trial has otherwise than the recipe, by dotted key."""
+    """Settings in which every trial differs from the recipe, by dotted key."""
     iterations: int = Field(default=50, ge=1)
     """Length of one trial."""
     score: Figure = "frechet"
     """Validation figure that ranks the trials."""
     mode: Mode = "min"
-    """Whether a small or a large score is good."""
+    """Direction of a good score: `min`, a small one, or `max`."""
     concurrent_trials: int = Field(default=1, ge=1)
     """Trials that run side by side."""
     space: dict[str, Dimension] = Field(default_factory=dict)
@@ -136,7 +136,7 @@ class SweepSettings(Section):
     start_from: str | None = None
     """Folder of a run; every trial goes on from its newest checkpoint."""
     share_teacher: bool = False
-    """Whether all trials use one teacher pool and one text encoder, with its cache, instead of
+    """Share one teacher pool and one text encoder, with its cache, among all trials, instead of
     copies of their own; needs `topology.mode: pools` and a teacher of one rank."""
 
     def contradictions(self) -> Iterator[str]:

@@ -22,9 +22,9 @@ class PoolSettings(Section):
     gpus: float = Field(default=0.0, ge=0)
     """GPUs; at 0 the role computes on the CPU."""
     strategy: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
-    """How its processes lie on the machines: on few, on many; strict: on one, each on another."""
+    """Placement of its processes on machines: on few, on many; strict: on one, each on another."""
     labels: dict[str, str] = Field(default_factory=dict)
-    """Which machines will do, by label: `{key: value}`; also `!value`, `in(a, b)`, `!in(a, b)`."""
+    """Machines that will do, by label: `{key: value}`; also `!value`, `in(a, b)`, `!in(a, b)`."""
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Custom resources of Ray that it takes, by name: they pin it to machines that offer them."""
 
@@ -147,16 +147,16 @@ class TopologySettings(Section):
     max_staleness_iterations: Literal[0, 1] = 0
     """1: an iteration may begin before the fake score's update of the one before has ended."""
     transport: Literal["object_store", "nixl"] = "object_store"
-    """How results travel between the roles. `nixl`: from GPU to GPU, with Ray Direct Transport,
+    """Transport of results between the roles. `nixl`: from GPU to GPU, with Ray Direct Transport,
     which is alpha; it needs mode `pools`, a GPU for every rank and NIXL on every machine."""
     wire_dtype: Literal["fp32", "bf16"] = "fp32"
-    """How latents, predictions and text travel between Ray actors; bf16 rounds them."""
+    """Type in which latents, predictions and text travel between Ray actors; bf16 rounds them."""
     gradient_wire_dtype: Literal["fp32", "bf16"] = "fp32"
-    """How the signal to the generator travels."""
+    """Type in which the signal to the generator travels."""
     start_timeout_s: float = Field(default=300.0, gt=0)
-    """How long Ray, the pools and the networks may take to come up."""
+    """Seconds that Ray, the pools and the networks may take to come up."""
     call_timeout_s: float = Field(default=600.0, gt=0)
-    """How long one phase of an iteration may take before the run is given up."""
+    """Seconds that one phase of an iteration may take before the run is given up."""
     watch_s: float = Field(default=20.0, ge=0)
     """Seconds without a sign of life after which a process is frozen, and the least time after
     which a call is stuck: it is ended, with its stack in `RUN/stacks/`. 0: nothing is watched."""

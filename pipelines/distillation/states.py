@@ -26,7 +26,7 @@ from workers.role_state import is_role_written
 from workers.saving import LearningRole
 
 _FAILED_RUN_WAIT_S = 60.0
-"""How long a run that has failed waits for the state that is being written."""
+"""Seconds that a run that has failed waits for the state that is being written."""
 _PARTS_WAIT_S, _PARTS_POLL_S = 5.0, 0.1
 _SAVING, _PRUNING = "saving", "pruning"
 

@@ -286,7 +286,7 @@ def _hypotheses(version: Version) -> dict[str, Hypothesis]:
 
 
 def _gains(expected: Hypothesis, runs: Sequence[RunResult], reference: Figures) -> dict[int, float]:
-    """By how much the variant is better, by seed, of the seeds that both have been run with."""
+    """Lead of the variant, by seed, for the seeds that both have been run with."""
 
     def losses(variant: str, share: float) -> dict[int, float]:
         found: dict[int, float] = {}

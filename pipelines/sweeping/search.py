@@ -30,7 +30,7 @@ from pipelines.sweeping.trials import Trial
 from sgmd_core.errors import ConfigError
 
 ITERATION = "iteration"
-"""What schedulers count by, in the reports of a trial."""
+"""Field that schedulers count by, in the reports of a trial."""
 
 
 def seeds_of(config: DistillConfig) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from sgmd_core.types import GuideAnswer, Latents, Looks, Loss, NoisedBatch, Purp
 
 
 class GradientPath(StrEnum):
-    """By which ways a generator's loss depends on `x0`; each one contains those before it."""
+    """Ways by which a generator's loss depends on `x0`; each one contains those before it."""
 
     SAMPLE = "sample"
     """Directly. Both networks' predictions are constants."""

@@ -26,11 +26,11 @@ from sgmd_core.errors import ShapeError
 from sgmd_core.types import Latents, float32
 
 Gap = Literal["own", "shuffled"]
-"""Whose gap a sample teaches the generator."""
+"""Gap that teaches the generator at a sample: its own, or another sample's."""
 
 
 def neighbours(num_samples: int) -> Tensor:
-    """Whose gap each sample learns from: a permutation without a fixed point, its own inverse.
+    """Sample whose gap each one learns from: a permutation without a fixed point, its own inverse.
 
     Args:
         num_samples: An even number of samples.

@@ -56,7 +56,7 @@ _OTHER_FOLDERS = (
         "Make a folder of one: sgmd import FILE DST --base FOLDER, with a model of the same size",
     ),
 )
-"""What else a user may take for a model: a pattern of files, what it is, what to do."""
+"""Folders that a user may take for a model: a pattern of files, what it is, what to do."""
 _MEMBERS = tuple(name for name in vars(ModelFamily) if not name.startswith("_"))
 
 

@@ -67,7 +67,7 @@ class ColumnNames:
     fps: str | None = None
 
     setting: ClassVar[str] = "names.{}"
-    """How the caller spells the setting of one of these names."""
+    """Spelling of the setting of one of these names, by the caller."""
 
     def setting_of(self, column: str) -> str:
         """The setting by which the caller names one of our columns."""

@@ -1,4 +1,4 @@
-"""In which order the rows of a folder come: a pure function of its listing and a seed.
+"""Order in which the rows of a folder come: a pure function of its listing and a seed.
 
     epoch     every row once
     chapter   a thousand shards, as listed; from the second epoch on in a seeded order
