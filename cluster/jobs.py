@@ -124,7 +124,7 @@ def submit_job(
     Raises:
         JobError: The cluster cannot be reached, refuses us, or refuses the job.
     """
-    client = _connect(address)
+    client = job_client(address)
     runtime_env = {
         "working_dir": str(working_dir),
         "excludes": list(excludes),
@@ -162,7 +162,7 @@ def follow_job(
     Raises:
         JobError: The job failed, was stopped, or has not ended in time.
     """
-    client = _connect(address)
+    client = job_client(address)
     try:
         asyncio.run(_followed(client, address, job_id, on_log, timeout_s))
     except TimeoutError as error:
@@ -181,7 +181,7 @@ def wait_for_job(address: str, job_id: str) -> None:
     Raises:
         JobError: The job failed or was stopped.
     """
-    client = _connect(address)
+    client = job_client(address)
     while not (found := _details(client, address, job_id)).status.is_terminal():
         time.sleep(_WAIT_POLL_S)
     _require_success(found, job_id)
@@ -193,7 +193,7 @@ def job_metadata(address: str, job_id: str) -> dict[str, str]:
     Raises:
         JobError: The cluster cannot be reached, or knows no such job.
     """
-    return dict(_details(_connect(address), address, job_id).metadata or {})
+    return dict(_details(job_client(address), address, job_id).metadata or {})
 
 
 def _details(client: JobSubmissionClient, address: str, job_id: str) -> JobDetails:
@@ -293,7 +293,12 @@ def _refused(working_dir: Path, address: str, error: Exception) -> JobError:
     )
 
 
-def _connect(address: str) -> JobSubmissionClient:
+def job_client(address: str) -> JobSubmissionClient:
+    """A connection to the job server of a cluster, with its token where it asks for one.
+
+    Raises:
+        JobError: Nobody answers there, the token is missing, or the environment names another one.
+    """
     attempted = f"reaching the job server at {address}"
     for name in _ADDRESS_VARIABLES:
         if os.environ.get(name, address) != address:

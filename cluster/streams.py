@@ -59,7 +59,7 @@ def write_stream(
 
 def _upload(files: AbstractFileSystem, path: str, pieces: Iterable[Piece]) -> str:
     """Sends a file in parts, gives it up as a whole if one fails, and checks what is there."""
-    digest, part, parts, size = hashlib.sha256(), _md5(), b"", 0
+    digest, part, parts, size = hashlib.sha256(), md5(), b"", 0
     file: Any = files.open(path, "wb", block_size=PART_BYTES)
     try:
         # No write crosses the end of a part, so the parts are those that the store counts.
@@ -69,7 +69,7 @@ def _upload(files: AbstractFileSystem, path: str, pieces: Iterable[Piece]) -> st
             file.write(piece)
             size += len(piece)
             if size % PART_BYTES == 0:
-                parts, part = parts + part.digest(), _md5()
+                parts, part = parts + part.digest(), md5()
         file.close()
     except BaseException:
         # Closing it would make an object of what was sent so far.
@@ -81,7 +81,7 @@ def _upload(files: AbstractFileSystem, path: str, pieces: Iterable[Piece]) -> st
         etag = part.hexdigest()
     else:
         parts += part.digest() if size % PART_BYTES else b""
-        etag = f"{_md5(parts).hexdigest()}-{-(-size // PART_BYTES)}"
+        etag = f"{md5(parts).hexdigest()}-{-(-size // PART_BYTES)}"
     _require_kept(files, path, size, etag, digest.hexdigest())
     return digest.hexdigest()
 
@@ -120,5 +120,6 @@ def _cut(pieces: Iterable[Piece], length: int) -> Iterator[memoryview]:
             left, filled = left[taken:], (filled + taken) % length
 
 
-def _md5(data: bytes = b"") -> Any:  # noqa: ANN401  (hashlib's type has no public name)
+def md5(data: bytes = b"") -> Any:  # noqa: ANN401  (hashlib's type has no public name)
+    """The digest by which a store names an object."""
     return hashlib.md5(data, usedforsecurity=False)

@@ -142,7 +142,7 @@ def python_page() -> str:
     import sgmd
 
     parts = ["# Python", _NOTE, inspect.getdoc(sgmd).partition("\n")[0]]  # type: ignore[union-attr]
-    for module, names in sgmd._HOME.items():
+    for module, names in sgmd.NAMES_BY_MODULE.items():
         for name in names:
             parts.append(f"::: {module}.{name}")
     return "\n\n".join(parts) + "\n"

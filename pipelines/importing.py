@@ -108,7 +108,7 @@ def import_file(
     settings = stated or read_inference_settings(base_folder)
     keeps = stated is None and scheduler_of(base_folder) is not None
     weights, stored = _weights(family, checked, path, types, strength)
-    weights = _finite_and_narrowed(path, weights, _DTYPES[stored], family.traits.keep_fp32)
+    weights = finite_and_narrowed(path, weights, _DTYPES[stored], family.traits.keep_fp32)
     in_8_bits = sum(k in FLOAT8 and not is_beside_weights(name) for name, k in types.items())
     with whole_folder_at(target, (SETTINGS_FILE, INDEX_FILE)) as draft:
         family.export(
@@ -179,7 +179,7 @@ def _main_type(path: Path, types: Mapping[str, str]) -> str:
     return max(set(types.values()), key=list(types.values()).count)
 
 
-def _finite_and_narrowed(
+def finite_and_narrowed(
     path: Path, weights: Mapping[str, Tensor], dtype: torch.dtype, kept: Collection[str]
 ) -> dict[str, Tensor]:
     """Weights in the type of the file; each is asked for once, since that merges its changes."""

@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     from workers.models.family import ModelFamily as ModelFamily
 
 # The same names as above, for the running program; a test compares the two lists.
-_HOME = {
+NAMES_BY_MODULE = {
     "cluster.errors": ("ClusterError",),
     "pipelines.config.methods": ("METHODS",),
     "pipelines.config.recipe": ("DistillConfig", "load_recipe"),
@@ -153,7 +153,7 @@ _HOME = {
     "workers.models.families": ("family_of",),
     "workers.models.family": ("Denoiser", "ModelFamily"),
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_MODULE_OF = {name: module for module, names in NAMES_BY_MODULE.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 

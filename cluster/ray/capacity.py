@@ -76,10 +76,12 @@ def capacities_of(
         What each machine has, by Ray's id, and by the names of those that did not answer, why.
     """
     own = ray.get_runtime_context().get_node_id()
-    return _looked_at(nodes, machines_by_id(), own, lambda others: _asked(others, timeout_s))
+    return look_at_machines(
+        nodes, machines_by_id(), own, lambda others: ask_machines(others, timeout_s)
+    )
 
 
-def _looked_at(
+def look_at_machines(
     nodes: Collection[str],
     known: Mapping[str, Machine],
     own: str,
@@ -101,7 +103,7 @@ def _looked_at(
     return found | answers, gone | silent
 
 
-def _asked(
+def ask_machines(
     others: Mapping[str, Machine], timeout_s: float
 ) -> tuple[dict[str, Capacity], dict[str, str]]:
     """Asks a process on each of some machines."""

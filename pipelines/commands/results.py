@@ -289,12 +289,12 @@ def ledger_command(
             "the model folder had no text encoder: embeddings were taken on their word, made by "
             f"{result.text_encoder_named}"
         )
-    show(result.to_json(), as_json, _ledger_table(result), *examples, told)
+    show(result.to_json(), as_json, ledger_table(result), *examples, told)
     if not result.is_clean:
         raise typer.Exit(1)
 
 
-def _ledger_table(result: "Audit") -> Table:
+def ledger_table(result: "Audit") -> Table:
     """One row an epoch, as far as the run has come in it."""
     kinds = ("due", "used_once", "quarantined", "repeated", "missing", "unknown")
     table = Table()

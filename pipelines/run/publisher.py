@@ -271,13 +271,13 @@ class AddressPublisher(Publisher):
             )
 
 
-_PUBLISHERS: dict[Path, Publisher] = {}
+PUBLISHERS: dict[Path, Publisher] = {}
 _ON_A_DISK = Publisher()
 
 
 def publisher_of(root: Path) -> Publisher:
     """The publisher of a run's folder."""
-    return _PUBLISHERS.get(root, _ON_A_DISK)
+    return PUBLISHERS.get(root, _ON_A_DISK)
 
 
 def publish_now(root: Path, paths: Collection[Path] = ()) -> None:
@@ -358,7 +358,7 @@ def publishing(
         yield
         return
     publisher = AddressPublisher(copy, lease, outage_s, tell, without)
-    _PUBLISHERS[root] = publisher
+    PUBLISHERS[root] = publisher
     try:
         with in_background("publish-run", publisher.work):
             yield
@@ -368,4 +368,4 @@ def publishing(
     else:
         publisher.close()
     finally:
-        del _PUBLISHERS[root]
+        del PUBLISHERS[root]

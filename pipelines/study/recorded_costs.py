@@ -24,7 +24,7 @@ from pipelines.study.plan import PlannedRun, StudyPlan
 from sgmd_core.errors import ConfigError
 
 _COSTS_FILE = "costs.json"
-_EARLIER = PassCosts(to_input=1.0, to_weights=2.0)
+EARLIER_COSTS = PassCosts(to_input=1.0, to_weights=2.0)
 """Costs of versions that recorded none."""
 
 _Record = Mapping[str, Mapping[str, float]]
@@ -45,7 +45,7 @@ def require_same_costs(plan: StudyPlan) -> None:
     if not path.exists() and made:
         # Before costs were recorded, every backward pass to the input cost one forward pass.
         earlier = {
-            variant: _record(dict.fromkeys(roles, _EARLIER)) for variant, roles in now.items()
+            variant: _record(dict.fromkeys(roles, EARLIER_COSTS)) for variant, roles in now.items()
         }
         changed = [run for run in made if now[run.variant] != earlier[run.variant]]
         old = [run for run in changed if _iterations_of(run) == _iterations_of_earlier(run, plan)]
@@ -103,5 +103,5 @@ def _in_words(costs: Mapping[str, float] | None) -> str:
 
 def _iterations_of_earlier(run: PlannedRun, plan: StudyPlan) -> int:
     table = expected_passes(run.config)
-    units = total_units(table, dict.fromkeys((role_of(stage) for stage in table), _EARLIER))
+    units = total_units(table, dict.fromkeys((role_of(stage) for stage in table), EARLIER_COSTS))
     return int(plan.config.study.budget.amount / units)

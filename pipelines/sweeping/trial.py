@@ -134,17 +134,25 @@ def run_trial(tuned: Mapping[str, Any], sweep: CommonToTrials) -> None:
         name_of_run = name if state is None else Path(state["run_folder"]).name
     config = sweep.trial_config(settings, seed, name_of_run)
     with working_copy(config.run_folder, NOT_NEEDED):
-        _run_in_folder(sweep, config, state, settings, name)
+        run_in_folder(sweep, config, state, settings, name)
 
 
-def _run_in_folder(
+def run_in_folder(
     sweep: CommonToTrials,
     config: DistillConfig,
     state: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
     name: str,
 ) -> None:
-    """Runs one trial whose folder is here."""
+    """Runs one trial whose folder is here.
+
+    Args:
+        sweep: What all trials share.
+        config: The trial's recipe.
+        state: The state that it starts from; None: none.
+        settings: Its settings, for the record.
+        name: Its name.
+    """
     folder = RunFolder(config.run_folder)
     failed = folder.root / ERROR_FILE
     copy = copy_at(folder.root)
@@ -160,7 +168,7 @@ def _run_in_folder(
             copy.fetch(NOT_NEEDED)
 
     try:
-        _once_free(work, look_again, _LEASE_S if copy else 0.0)
+        once_free(work, look_again, _LEASE_S if copy else 0.0)
     except (ClusterError, StopRequestedError, TrialError):
         # The loss of a process or machine, or a stop from outside: worth another try. Or what
         # stands there already.
@@ -171,7 +179,7 @@ def _run_in_folder(
         raise
 
 
-def _once_free(work: Callable[[], None], look_again: Callable[[], None], patience_s: float) -> None:
+def once_free(work: Callable[[], None], look_again: Callable[[], None], patience_s: float) -> None:
     """Does the work once nobody else holds the folder: a process that is lost may for a while.
 
     Args:

@@ -143,7 +143,7 @@ import json, os, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import ray
 from cluster.errors import JobError
-from cluster.jobs import _connect
+from cluster.jobs import job_client
 
 class Asking(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -159,7 +159,7 @@ class Asking(BaseHTTPRequestHandler):
 server = ThreadingHTTPServer(("127.0.0.1", 0), Asking)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 try:
-    _connect(f"http://127.0.0.1:{server.server_port}")
+    job_client(f"http://127.0.0.1:{server.server_port}")
     print("taken", os.environ["RAY_AUTH_MODE"])
 except JobError as error:
     print("refused", "RAY_AUTH_TOKEN or ~/.ray/auth_token" in error.expected)

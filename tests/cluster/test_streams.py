@@ -48,8 +48,8 @@ def test_the_store_names_an_object_as_we_expect_so_that_a_change_is_noticed(
     for size in (1000, PART, 2 * PART + 7):
         write_stream(f"{s3_bucket}/named", pieces(content(size), PART))
     assert read == [], "where the names agree, nothing is read back"
-    expected = streams._md5
-    monkeypatch.setattr(streams, "_md5", lambda data=b"": expected(data + b"x"))
+    expected = streams.md5
+    monkeypatch.setattr(streams, "md5", lambda data=b"": expected(data + b"x"))
     with pytest.raises(StorageError, match="other bytes are there than were sent"):
         write_stream(f"{s3_bucket}/named", [content(1000)])
     assert read

@@ -12,7 +12,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.importing import _finite_and_narrowed, import_file
+from pipelines.importing import finite_and_narrowed, import_file
 from pipelines.media.inference import read_inference_settings, write_inference_settings
 from sgmd_core.errors import ConfigError, ModelFolderError
 from tests.helpers.tiny_wan import write_tiny_experts, write_tiny_wan
@@ -342,14 +342,14 @@ def test_a_weight_is_merged_once_and_a_change_beyond_the_files_type_is_refused(
     weights = load_file(base / FILE)
     change = Counted(torch.ones(32, 1), torch.ones(1, 32))
     merged = ChangedWeights(weights, {"blocks.0.attn1.to_q.weight": [change]})
-    made = _finite_and_narrowed(tmp_path, merged, torch.bfloat16, ())
+    made = finite_and_narrowed(tmp_path, merged, torch.bfloat16, ())
     assert asked == ["blocks.0.attn1.to_q.weight"]
     expected = (weights[asked[0]] + 1).to(torch.bfloat16)
     assert torch.equal(made[asked[0]], expected)
     huge = ChangedWeights(weights, {asked[0]: [Counted(change.up, change.down, 1e5)]})
-    assert _finite_and_narrowed(tmp_path, huge, torch.float32, ())
+    assert finite_and_narrowed(tmp_path, huge, torch.float32, ())
     with pytest.raises(ModelFolderError, match=r"to_q.weight, in torch.float16"):
-        _finite_and_narrowed(tmp_path, huge, torch.float16, ())
+        finite_and_narrowed(tmp_path, huge, torch.float16, ())
 
 
 def test_the_two_files_of_experts_are_imported_one_after_the_other(

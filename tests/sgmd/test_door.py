@@ -35,7 +35,7 @@ def test_every_public_name_is_there_and_none_is_listed_for_type_checkers_alone()
         for name in node.names
         if name.asname == name.name
     }
-    lazy = {(module, name) for module, names in sgmd._HOME.items() for name in names}
+    lazy = {(module, name) for module, names in sgmd.NAMES_BY_MODULE.items() for name in names}
     assert typed == lazy
     for name in sgmd.__all__:
         assert getattr(sgmd, name) is not None

@@ -34,7 +34,7 @@ def looked_at(nodes, seen: tuple[int, ...], monkeypatch) -> tuple[dict, dict, li
         }
         return answers, silent
 
-    return *capacity._looked_at(nodes, TABLE, "own", ask), asked
+    return *capacity.look_at_machines(nodes, TABLE, "own", ask), asked
 
 
 def test_nodes_of_one_address_keep_a_capacity_each(monkeypatch):
@@ -68,7 +68,7 @@ def test_of_a_gpu_in_instances_not_all_are_in_sight():
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_process_on_a_machine_finds_what_this_one_does():
     (node,) = nodes = machines_by_id()
-    found, failed = capacity._asked(nodes, 60.0)
+    found, failed = capacity.ask_machines(nodes, 60.0)
     assert failed == {}
     assert found == capacities_of([node])[0]
     assert found[node].name == nodes[node].address == ray.util.get_node_ip_address()

@@ -232,7 +232,7 @@ def test_the_state_of_another_iteration_is_not_taken_for_the_one_that_is_saved(
 def publishers() -> dict[Path, Publisher]:
     from pipelines.run import publisher
 
-    return publisher._PUBLISHERS
+    return publisher.PUBLISHERS
 
 
 class Lost(Publisher):

@@ -9,7 +9,7 @@ import pytest
 from pipelines.config.recipe import load_recipe
 from pipelines.planning.passes import expected_passes, total_units
 from pipelines.study.plan import StudyPlan, plan_study
-from pipelines.study.recorded_costs import _EARLIER, require_same_costs
+from pipelines.study.recorded_costs import EARLIER_COSTS, require_same_costs
 from pipelines.transition import make_transition
 from sgmd_core.errors import ConfigError
 
@@ -45,7 +45,7 @@ def test_costs_are_recorded_and_others_are_refused_with_both(tmp_path: Path):
 def test_runs_of_a_version_that_recorded_none_are_known_by_their_iterations(tmp_path: Path):
     amount = "study.budget={unit: forwards, amount: 20000}"
     plan = plan_of(tmp_path, amount)
-    costs = dict.fromkeys(("generator", "teacher", "fake_score"), _EARLIER)
+    costs = dict.fromkeys(("generator", "teacher", "fake_score"), EARLIER_COSTS)
     earlier = int(20000 / total_units(expected_passes(plan.runs[0].config), costs))
     assert earlier > plan.runs[0].config.iterations
     start_first_run(plan, earlier)

@@ -17,8 +17,8 @@ from pipelines.sweeping.trial import (
     ERROR_FILE,
     CommonToTrials,
     TrialError,
-    _once_free,
-    _run_in_folder,
+    once_free,
+    run_in_folder,
 )
 
 
@@ -34,11 +34,11 @@ def test_a_folder_that_a_lost_process_holds_is_waited_for(monkeypatch: pytest.Mo
     def look_again() -> None:
         done.append("look again")
 
-    _once_free(work, look_again, patience_s=60.0)
+    once_free(work, look_again, patience_s=60.0)
     assert done == ["work", "look again", "work", "look again", "work"]
     done.clear()
     with pytest.raises(LeaseError):
-        _once_free(work, look_again, patience_s=0.0)
+        once_free(work, look_again, patience_s=0.0)
     assert done == ["work"]
 
 
@@ -61,5 +61,5 @@ def test_a_trial_that_has_waited_decides_by_what_the_holder_has_left(
     monkeypatch.setattr("pipelines.sweeping.trial.time", clock)
     common = CommonToTrials(config)
     with working_copy(place), pytest.raises(TrialError, match="the first one's"):
-        _run_in_folder(common, config, None, {}, "held")
+        run_in_folder(common, config, None, {}, "held")
     assert read_json(f"{place}/{ERROR_FILE}") == {"error": "the first one's"}
