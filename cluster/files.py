@@ -116,7 +116,7 @@ def full_disk_errors(attempted: str) -> Iterator[None]:
 
 
 def open_store(
-    address: str | Path, patience: "S3Settings | None" = None
+    address: str | Path, s3: "S3Settings | None" = None
 ) -> tuple[AbstractFileSystem, str]:
     """The file system of a path or URL, and the path in it.
 
@@ -126,7 +126,7 @@ def open_store(
 
     Args:
         address: `/disk/run`, `s3://bucket/run`, or whatever fsspec takes.
-        patience: How to speak to an S3 server; None takes the usual budget.
+        s3: Requests to an S3 server; None takes the usual budget.
 
     Raises:
         ConfigError: No such protocol is known, or its client is not installed.
@@ -136,7 +136,7 @@ def open_store(
         # Loading the client takes a second, and most folders are on a disk.
         from cluster.s3.filesystem import open_s3
 
-        return open_s3(patience), path.rstrip("/")
+        return open_s3(s3), path.rstrip("/")
     try:
         files, path = fsspec.core.url_to_fs(str(address))
     except (ImportError, ValueError) as error:
@@ -151,20 +151,20 @@ def open_store(
 
 @contextmanager
 def opened_store(
-    address: str | Path, attempted: str, patience: "S3Settings | None" = None
+    address: str | Path, attempted: str, s3: "S3Settings | None" = None
 ) -> Iterator[tuple[Any, str]]:
     """The file system of a path or URL, which lists anew, and the path in it; as a context.
 
     Args:
         address: As `open_store` takes it.
         attempted: As `storage_errors` takes it.
-        patience: As `open_store` takes it.
+        s3: As `open_store` takes it.
 
     Raises:
         StorageError: The file system fails inside of it.
     """
     with storage_errors(attempted):
-        files, path = open_store(address, patience)
+        files, path = open_store(address, s3)
         files.invalidate_cache()
         yield files, path
 

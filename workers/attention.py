@@ -71,17 +71,17 @@ KERNELS = MappingProxyType[AttentionName, AttentionKernel](
 )
 
 
-def require_kernel(name: AttentionName, device: str) -> None:
+def require_kernel(attention: AttentionName, device: str) -> None:
     """Checks that a kernel can run in this process.
 
     Args:
-        name: The kernel.
+        attention: The kernel.
         device: Type of the device that the network is on.
 
     Raises:
         ConfigError: Its library is not installed here, or it does not run on such a device.
     """
-    kernel = KERNELS[name]
+    kernel = KERNELS[attention]
     others = ", ".join(
         other
         for other, one in KERNELS.items()
@@ -94,7 +94,7 @@ def require_kernel(name: AttentionName, device: str) -> None:
     else:
         return
     raise ConfigError(
-        f"computing attention by {name}",
+        f"computing attention by {attention}",
         found,
         f"a kernel that runs here: {others}",
         f"Set compute.attention={NATIVE}"

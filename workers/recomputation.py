@@ -36,9 +36,9 @@ _ATTENTION = frozenset(
 """Fused attention of torch; without a fused kernel there is no output of attention to be kept."""
 
 
-def layer_function(mode: bool | str) -> LayerFunction:
-    """The function that computes a layer in a mode of `compute.checkpointing`, other than False."""
-    return {True: _again, "selective": _selective, "offload": _offload}[mode]
+def layer_function(checkpointing: bool | str) -> LayerFunction:
+    """The function that computes a layer, by a `compute.checkpointing` other than False."""
+    return {True: _again, "selective": _selective, "offload": _offload}[checkpointing]
 
 
 def _again(layer: nn.Module, *inputs: Any) -> Any:  # noqa: ANN401  (a layer's own arguments)

@@ -1,12 +1,12 @@
 """Watchdog over the processes of a run: finds what Ray cannot see, because nothing has ended.
 
-    silent   no report for `silence_s`; a process that computes in native code without letting its
+    silent   no report for `watch_s`; a process that computes in native code without letting its
              reporter run is not silent but busy
     stuck    it reports, but its call takes longer than its limit
-    stopped raylet   for half of `silence_s`: its machine counts as lost
+    stopped raylet   for half of `watch_s`: its machine counts as lost
 
 Limits of a call: until a method has run twice in a process, `first_call_s` (`start_s` for
-building); then `slack` times its median, at least `silence_s` and twice the longest so far. A call
+building); then `slack` times its median, at least `watch_s` and twice the longest so far. A call
 that is part of no iteration, or of a group that waits for storage, has `first_call_s` always.
 
 A process that waits is not accused: a call whose arguments have not arrived is not running at all,
@@ -283,7 +283,7 @@ class _Watch:
         """Ends a raylet that has been stopped for too long: its machine then counts as lost."""
         for_s = self._raylets.stopped_s(node, state, time.monotonic())
         # Ray then takes 14 s more to see that it has ended.
-        if for_s < self._limits.silence_s / 2 or node in FROZEN_MACHINES:
+        if for_s < self._limits.watch_s / 2 or node in FROZEN_MACHINES:
             return
         cause = f"its raylet was frozen (stopped) for {for_s:.0f} s"
         FROZEN_MACHINES[node] = cause

@@ -27,7 +27,7 @@ class WatchLimits:
     """Limits of the watch, in seconds.
 
     Attributes:
-        silence_s: Silence of a process, and the least limit of a call.
+        watch_s: Silence of a process, and the least limit of a call.
         first_call_s: Limit of a call without earlier ones like it, and the most of any call.
         start_s: Limit of building a worker.
         unmeasured: Groups whose calls wait for others by nature, such as storage.
@@ -35,7 +35,7 @@ class WatchLimits:
         slack: Multiple of the median of earlier calls.
     """
 
-    silence_s: float
+    watch_s: float
     first_call_s: float
     start_s: float
     unmeasured: frozenset[str] = frozenset()
@@ -50,7 +50,7 @@ class WatchLimits:
         most_s = self.first_call_of.get(report.group, self.first_call_s)
         if not is_measured or not report.num_earlier:
             return most_s
-        return min(most_s, max(self.silence_s, self.slack * report.usual_s, 2 * report.longest_s))
+        return min(most_s, max(self.watch_s, self.slack * report.usual_s, 2 * report.longest_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +89,14 @@ class WatchedProcess:
 
 def silent(processes: Sequence[WatchedProcess], limits: WatchLimits) -> list[WatchedProcess]:
     """Processes that have reported nothing for too long."""
-    return [one for one in processes if one.silent_s > limits.silence_s]
+    return [one for one in processes if one.silent_s > limits.watch_s]
 
 
 def cause_of_silence(one: WatchedProcess, seen: ProcessLook | None, limits: WatchLimits) -> str:
     """The accusation of a silent process, in words; empty as long as it has none.
 
     Args:
-        one: The process, silent for more than `silence_s`.
+        one: The process, silent for more than `watch_s`.
         seen: State of the process; None where its machine does not answer.
         limits: Limits of the watch.
     """
@@ -123,7 +123,7 @@ def has_gone_on(one: WatchedProcess, newest: ProgressReport | None, limits: Watc
     """
     if newest is None:
         return True
-    if one.silent_s > limits.silence_s:
+    if one.silent_s > limits.watch_s:
         return newest.count != one.report.count
     # Of another call, or of none, the seconds would have begun anew.
     return newest.seconds < one.report.seconds

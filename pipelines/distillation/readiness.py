@@ -169,21 +169,21 @@ def _disk_bytes(config: DistillConfig, model: ModelFolder) -> float:
     return states * state + exports * written
 
 
-def _tracker(mode: str) -> str:
+def _tracker(wandb: str) -> str:
     """Checks that W&B is installed and, online, has a key."""
-    attempted = f"checking tracker.wandb={mode}"
+    attempted = f"checking tracker.wandb={wandb}"
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             attempted, "the package wandb is not installed", remedy="pip install wandb"
         )
-    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _in_netrc()):
+    if wandb == "online" and not (os.environ.get("WANDB_API_KEY") or _in_netrc()):
         raise ConfigError(
             attempted,
             "no key of W&B in WANDB_API_KEY or in ~/.netrc",
             "a key",
             "Export WANDB_API_KEY, or set tracker.wandb=offline, which needs no account",
         )
-    return "W&B is installed" + (", and there is a key" if mode == "online" else "")
+    return "W&B is installed" + (", and there is a key" if wandb == "online" else "")
 
 
 def _in_netrc() -> bool:

@@ -300,9 +300,9 @@ def _require_room(request: DeploymentRequest, name: str, pool: RolePoolSettings,
         )
 
 
-def _given_labels(name: str, wanted: Mapping[str, str]) -> dict[str, str]:
+def _given_labels(name: str, labels: Mapping[str, str]) -> dict[str, str]:
     """Labels that a pool asks for and its machines get; Ray gives its own (ray.io/) itself."""
-    own = {key: value for key, value in wanted.items() if not key.startswith("ray.io/")}
+    own = {key: value for key, value in labels.items() if not key.startswith("ray.io/")}
     for key, value in own.items():
         if value.startswith(("!", "in(")):
             raise ConfigError(

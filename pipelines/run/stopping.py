@@ -43,7 +43,7 @@ class StopRequests:
 
     Args:
         tell: Called with one sentence when a stop is asked for.
-        limit_s: How long after that an iteration is waited for.
+        stop_after_s: How long after that an iteration is waited for.
 
     Attributes:
         received: Name of the signal, such as SIGTERM; empty until one has come.
@@ -51,12 +51,12 @@ class StopRequests:
     """
 
     def __init__(
-        self, tell: Callable[[str], None] = lambda words: None, limit_s: float = 300.0
+        self, tell: Callable[[str], None] = lambda words: None, stop_after_s: float = 300.0
     ) -> None:
         self.received = ""
         self.broke_off = False
         self._tell = tell
-        self._limit_s = limit_s
+        self._stop_after_s = stop_after_s
         self._first_s = 0.0
         self._finishes = False
         self._is_over = False
@@ -163,7 +163,7 @@ class StopRequests:
             self.broke_off = True
             raise_after_imports(StopNow(), frame)
             return
-        self._set_timer(self._limit_s)
+        self._set_timer(self._stop_after_s)
         self._tell(
             f"{self.received}: finishing this iteration and saving its state; "
             "once more ends the process at once"
@@ -182,7 +182,9 @@ class StopRequests:
 
 
 @contextmanager
-def stop_requests(tell: Callable[[str], None], limit_s: float = 300.0) -> Iterator[StopRequests]:
+def stop_requests(
+    tell: Callable[[str], None], stop_after_s: float = 300.0
+) -> Iterator[StopRequests]:
     """Takes the signals that ask for a stop; elsewhere than in the main thread, takes none.
 
     A signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
@@ -190,9 +192,9 @@ def stop_requests(tell: Callable[[str], None], limit_s: float = 300.0) -> Iterat
 
     Args:
         tell: Called with one sentence when a stop is asked for while the run trains.
-        limit_s: How long after that an iteration is waited for.
+        stop_after_s: How long after that an iteration is waited for.
     """
-    requests = StopRequests(tell, limit_s)
+    requests = StopRequests(tell, stop_after_s)
     if threading.current_thread() is not threading.main_thread():
         yield requests
         return

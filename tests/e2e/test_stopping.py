@@ -231,7 +231,7 @@ def test_a_stop_while_a_run_closes_changes_neither_its_result_nor_its_error() ->
 
 
 def test_only_the_wait_for_an_iteration_is_broken_off_when_the_time_after_a_stop_is_over() -> None:
-    stops = StopRequests(limit_s=3600.0)
+    stops = StopRequests(stop_after_s=3600.0)
 
     def iterations() -> Iterator[int]:
         yield 1
@@ -245,7 +245,7 @@ def test_only_the_wait_for_an_iteration_is_broken_off_when_the_time_after_a_stop
         with pytest.raises(StopNow):
             next(found)
         # An update in this process is finished; the next call is not made.
-        stops = StopRequests(limit_s=3600.0)
+        stops = StopRequests(stop_after_s=3600.0)
         found = stops.bounded(iterations(), interrupts=False)
         assert [next(found), next(found)] == [1, 2]
         with pytest.raises(StopNow):

@@ -44,7 +44,7 @@ def read_batches(
     group: Group,
     columns: Sequence[str],
     names: ColumnNames = ColumnNames(),
-    retry: S3Settings = S3Settings(),
+    s3: S3Settings = S3Settings(),
 ) -> Iterator[Rows | Fault]:
     """Reads some columns of a row group in batches of bounded size.
 
@@ -54,13 +54,13 @@ def read_batches(
         group: (relative path, size of the file in bytes, number of the row group).
         columns: Our names of the columns; see `pipelines.data.shards.columns`.
         names: Names of the set's columns.
-        retry: See `fetch`.
+        s3: See `fetch`.
 
     Raises:
         DataError: See `fetch`.
     """
     path, size, index = group
-    (footer,) = read_footers(filesystem, [(f"{root}/{path}", size)], retry)
+    (footer,) = read_footers(filesystem, [(f"{root}/{path}", size)], s3)
     if isinstance(footer, Fault):
         yield footer
         return
@@ -73,7 +73,7 @@ def read_batches(
         return
     first = 0
     try:
-        source = RangeFile(size, partial(_fetched, filesystem, f"{root}/{path}", retry))
+        source = RangeFile(size, partial(_fetched, filesystem, f"{root}/{path}", s3))
         file = _parquet_file(source, footer.metadata)
         batches = file.iter_batches(
             _num_rows(footer.metadata, index, found.sources),
@@ -124,10 +124,10 @@ class _UnreadableError(Exception):
 
 
 def _fetched(
-    filesystem: AbstractFileSystem, path: str, retry: S3Settings, start: int, stop: int
+    filesystem: AbstractFileSystem, path: str, s3: S3Settings, start: int, stop: int
 ) -> bytes:
     """Bytes of a file, read with the patience of `fetch`."""
-    (content,) = fetch(filesystem, [Range(path, start, stop)], retry)
+    (content,) = fetch(filesystem, [Range(path, start, stop)], s3)
     if isinstance(content, Fault):
         raise _UnreadableError(content)
     return content

@@ -77,19 +77,19 @@ def write_index(filesystem: AbstractFileSystem, root: str, shards: Sequence[Shar
 
 
 def read_index(
-    filesystem: AbstractFileSystem, root: str, retry: S3Settings = S3Settings()
+    filesystem: AbstractFileSystem, root: str, s3: S3Settings = S3Settings()
 ) -> tuple[Shard, ...] | None:
     """The shards that a folder's index names, in the order of their paths; None without an index.
 
     Args:
         filesystem: The folder's file system.
         root: The folder's path in it.
-        retry: How patiently it is read.
+        s3: Requests to an S3 server.
 
     Raises:
         DataError: The index is there and cannot be read or makes no sense.
     """
-    text = fetch_file(filesystem, f"{root}/{INDEX_NAME}", retry)
+    text = fetch_file(filesystem, f"{root}/{INDEX_NAME}", s3)
     if text is None:
         return None
     try:

@@ -14,7 +14,7 @@ def index_folder(
     filesystem: AbstractFileSystem,
     root: str,
     written: Iterable[Shard] = (),
-    retry: S3Settings = S3Settings(),
+    s3: S3Settings = S3Settings(),
 ) -> tuple[Shard, ...]:
     """Writes the index of all shards that a folder holds now, those without rows included.
 
@@ -22,7 +22,7 @@ def index_folder(
         filesystem: The folder's file system.
         root: The folder's path in it.
         written: Shards whose rows are known to the caller; the footers of others are read.
-        retry: How patiently.
+        s3: Requests to an S3 server.
 
     Returns:
         What the index names.
@@ -31,7 +31,7 @@ def index_folder(
         DataError: A shard has no readable footer, or the store refuses it.
     """
     shards: list[Shard] = []
-    for scanned in scan_folder(filesystem, root, retry, known=written):
+    for scanned in scan_folder(filesystem, root, s3, known=written):
         if scanned.is_broken:
             raise DataError(
                 f"indexing {filesystem.unstrip_protocol(root)}",

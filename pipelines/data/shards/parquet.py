@@ -75,14 +75,14 @@ def read_parquet(
 
 
 def read_footers(
-    filesystem: AbstractFileSystem, files: Sequence[tuple[str, int]], retry: S3Settings
+    filesystem: AbstractFileSystem, files: Sequence[tuple[str, int]], s3: S3Settings
 ) -> list[Footer | Fault]:
     """Reads the footers of several files.
 
     Args:
         filesystem: Where the files are.
         files: Path and size in bytes of each.
-        retry: See `fetch`.
+        s3: See `fetch`.
 
     Raises:
         DataError: See `fetch`.
@@ -90,13 +90,13 @@ def read_footers(
     tails = fetch(
         filesystem,
         [Range(path, max(0, size - _FOOTER_GUESS_BYTES), size) for path, size in files],
-        retry,
+        s3,
     )
     footers: list[Footer | Fault] = []
     for (path, size), tail in zip(files, tails, strict=True):
         if isinstance(tail, bytes) and (length := _footer_bytes(tail)) > len(tail):
             start = max(0, size - length)
-            tail = fetch(filesystem, [Range(path, start, size)], retry)[0]
+            tail = fetch(filesystem, [Range(path, start, size)], s3)[0]
         footers.append(tail if isinstance(tail, Fault) else _footer(tail))
     return footers
 
@@ -107,7 +107,7 @@ class RowGroupReader:
     Args:
         filesystem: The folder's file system.
         root: The folder's path in it.
-        retry: See `fetch`.
+        s3: See `fetch`.
         names: Names of the set's columns.
     """
 
@@ -115,12 +115,12 @@ class RowGroupReader:
         self,
         filesystem: AbstractFileSystem,
         root: str,
-        retry: S3Settings,
+        s3: S3Settings,
         names: ColumnNames = ColumnNames(),
     ) -> None:
         self._filesystem = filesystem
         self._root = root
-        self._retry = retry
+        self._s3 = s3
         self._names = names
         self._footers: OrderedDict[str, Footer | Fault] = OrderedDict()
         self._unanswered: dict[str, Fault] = {}
@@ -134,7 +134,7 @@ class RowGroupReader:
         """
         new = {path: size for path, size in shards if path not in self._footers}
         read = read_footers(
-            self._filesystem, [(f"{self._root}/{path}", new[path]) for path in new], self._retry
+            self._filesystem, [(f"{self._root}/{path}", new[path]) for path in new], self._s3
         )
         self._footers.update(zip(new, read, strict=True))
         found = []
@@ -176,7 +176,7 @@ class RowGroupReader:
     def _native(self) -> NativeReader | None:
         """Arrow's own reader; made when it is first needed, because many only ask for footers."""
         try:
-            client = native_filesystem(self._filesystem, self._retry)
+            client = native_filesystem(self._filesystem, self._s3)
         except Exception as error:  # As with its reads: whatever it is, s3fs may know better.
             self._give_up(error)
             return None
@@ -210,7 +210,7 @@ class RowGroupReader:
             for group, footer in zip(groups, footers, strict=True)
         ]
         wanted = [part for plan in plans if isinstance(plan, _Plan) for part in plan.ranges]
-        pieces = iter(zip(wanted, fetch(self._filesystem, wanted, self._retry), strict=True))
+        pieces = iter(zip(wanted, fetch(self._filesystem, wanted, self._s3), strict=True))
         tables: list[pa.Table | Fault] = []
         for group, plan in zip(groups, plans, strict=True):
             if isinstance(plan, Fault):

@@ -96,7 +96,7 @@ def write_stored_prompts(filesystem: AbstractFileSystem, root: str, prompts: Sto
 
 
 def read_stored_prompts(
-    filesystem: AbstractFileSystem, root: str, retry: S3Settings = S3Settings()
+    filesystem: AbstractFileSystem, root: str, s3: S3Settings = S3Settings()
 ) -> StoredPrompts | None:
     """The prompts of a set; None for a set that has none.
 
@@ -106,12 +106,12 @@ def read_stored_prompts(
     Args:
         filesystem: The folder's file system.
         root: The folder's path in it.
-        retry: How patiently they are read.
+        s3: Requests to an S3 server.
 
     Raises:
         DataError: The file is there and cannot be read, is too large or makes no sense.
     """
-    content = fetch_file(filesystem, f"{root}/{PROMPTS_NAME}", retry, most=MAX_PROMPT_BYTES + 1)
+    content = fetch_file(filesystem, f"{root}/{PROMPTS_NAME}", s3, most=MAX_PROMPT_BYTES + 1)
     if content is None:
         return None
     try:

@@ -79,14 +79,14 @@ class Range:
 
 
 def fetch(
-    filesystem: AbstractFileSystem, ranges: Sequence[Range], retry: S3Settings
+    filesystem: AbstractFileSystem, ranges: Sequence[Range], s3: S3Settings
 ) -> list[bytes | Fault]:
     """Reads byte ranges side by side.
 
     Args:
         filesystem: Where the files are.
         ranges: What to read.
-        retry: How often and how long a server that fails is asked again.
+        s3: Requests to an S3 server: tries and times.
 
     Returns:
         For each range its bytes, or why they are not to be had: the file is gone, is too short, or
@@ -95,7 +95,7 @@ def fetch(
     Raises:
         DataError: The server failed, or refuses every read.
     """
-    answers = _answers_to(filesystem, ranges, retry)
+    answers = _answers_to(filesystem, ranges, s3)
     good = [
         one.path
         for one, answer in zip(ranges, answers, strict=True)
@@ -103,7 +103,7 @@ def fetch(
     ]
     _read_before.update({_bucket_of(filesystem, path): path for path in good})
     return [
-        _judged(filesystem, wanted, answer, retry)
+        _judged(filesystem, wanted, answer, s3)
         for wanted, answer in zip(ranges, answers, strict=True)
     ]
 
@@ -111,7 +111,7 @@ def fetch(
 def fetch_file(
     filesystem: AbstractFileSystem,
     path: str,
-    retry: S3Settings = S3Settings(),
+    s3: S3Settings = S3Settings(),
     most: int | None = None,
 ) -> bytes | None:
     """Reads a small file whole, as patiently as `fetch`.
@@ -119,7 +119,7 @@ def fetch_file(
     Args:
         filesystem: Where the file is.
         path: Its path in it.
-        retry: See `fetch`.
+        s3: See `fetch`.
         most: Bytes that are read at most, of a file that may be large; None: all there are.
 
     Returns:
@@ -128,7 +128,7 @@ def fetch_file(
     Raises:
         DataError: It cannot be read.
     """
-    (answer,) = fetch(filesystem, [Range(path, 0, most, may_end=most is not None)], retry)
+    (answer,) = fetch(filesystem, [Range(path, 0, most, may_end=most is not None)], s3)
     if isinstance(answer, bytes):
         return answer
     if answer.is_missing:
@@ -143,20 +143,18 @@ def fetch_file(
     )
 
 
-def serves_one_of(
-    filesystem: AbstractFileSystem, ranges: Sequence[Range], retry: S3Settings
-) -> bool:
+def serves_one_of(filesystem: AbstractFileSystem, ranges: Sequence[Range], s3: S3Settings) -> bool:
     """Returns True if at least one of some byte ranges can be read, within a few seconds."""
-    quick = replace(retry, read_budget_s=min(_WITNESS_S, retry.read_budget_s))
+    quick = replace(s3, read_budget_s=min(_WITNESS_S, s3.read_budget_s))
     return any(answer.is_good for answer in _answers_to(filesystem, ranges, quick))
 
 
 def _answers_to(
-    filesystem: AbstractFileSystem, ranges: Sequence[Range], retry: S3Settings
+    filesystem: AbstractFileSystem, ranges: Sequence[Range], s3: S3Settings
 ) -> "list[_Answer]":
     if isinstance(filesystem, AsyncFileSystem):
-        return cast("list[_Answer]", sync(filesystem.loop, _read_all, filesystem, ranges, retry))
-    return [_read_here(filesystem, wanted, retry) for wanted in ranges]
+        return cast("list[_Answer]", sync(filesystem.loop, _read_all, filesystem, ranges, s3))
+    return [_read_here(filesystem, wanted, s3) for wanted in ranges]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,15 +168,15 @@ class _Answer:
 
 
 def _judged(
-    filesystem: AbstractFileSystem, wanted: Range, answer: _Answer, retry: S3Settings
+    filesystem: AbstractFileSystem, wanted: Range, answer: _Answer, s3: S3Settings
 ) -> bytes | Fault:
     error = answer.outcome
     if not isinstance(error, Exception):
         return error
     known = _read_before.get(_bucket_of(filesystem, wanted.path), wanted.path)
     before = [Range(known, 0, 1)] if known != wanted.path else []
-    if serves_one_of(filesystem, before, retry) or serves_one_of(
-        filesystem, [Range(path, 0, 1) for path in _beside(filesystem, wanted.path)], retry
+    if serves_one_of(filesystem, before, s3) or serves_one_of(
+        filesystem, [Range(path, 0, 1) for path in _beside(filesystem, wanted.path)], s3
     ):
         return Fault(f"not served, while others are ({words_of(error)})", is_unanswered=True)
     attempted = f"reading {wanted.path} (try {answer.tries})"
@@ -216,29 +214,29 @@ def _tells(path: str) -> bool:
 
 
 async def _read_all(
-    filesystem: AsyncFileSystem, ranges: Sequence[Range], retry: S3Settings
+    filesystem: AsyncFileSystem, ranges: Sequence[Range], s3: S3Settings
 ) -> list[_Answer]:
     slots = asyncio.Semaphore(_AT_ONCE)
     waiting: dict[int, Waiting] = {}
 
     async def read(number: int, wanted: Range) -> _Answer:
         async with slots:
-            budget_s = budget_of(wanted.num_bytes, retry)
+            budget_s = budget_of(wanted.num_bytes, s3)
             waiting[number] = Waiting(f"reading {wanted.path}", budget_s)
             try:
-                return await _read_one(filesystem, wanted, retry, budget_s)
+                return await _read_one(filesystem, wanted, s3, budget_s)
             finally:
                 del waiting[number]
 
-    async with reporting(waiting, retry):
+    async with reporting(waiting, s3):
         return await asyncio.gather(*(read(*pair) for pair in enumerate(ranges)))
 
 
 async def _read_one(
-    filesystem: AsyncFileSystem, wanted: Range, retry: S3Settings, budget_s: float
+    filesystem: AsyncFileSystem, wanted: Range, s3: S3Settings, budget_s: float
 ) -> _Answer:
     answer, tries = await ask_again(
-        lambda: _ask(filesystem, wanted.path, wanted.start, wanted.stop), retry, budget_s
+        lambda: _ask(filesystem, wanted.path, wanted.start, wanted.stop), s3, budget_s
     )
     return _Answer(_outcome(wanted, answer), tries)
 
@@ -250,30 +248,30 @@ async def _ask(filesystem: AsyncFileSystem, path: str, start: int, stop: int | N
     return cast("bytes", await filesystem._cat_file(path, start=start, end=stop))
 
 
-def _read_here(filesystem: AbstractFileSystem, wanted: Range, retry: S3Settings) -> _Answer:
+def _read_here(filesystem: AbstractFileSystem, wanted: Range, s3: S3Settings) -> _Answer:
     """As `_read_one`, of files that only block; a single read cannot be cut short."""
-    end = time.monotonic() + budget_of(wanted.num_bytes, retry)
-    for tries in range(1, retry.read_attempts + 1):
+    end = time.monotonic() + budget_of(wanted.num_bytes, s3)
+    for tries in range(1, s3.read_attempts + 1):
         try:
             outcome = _outcome(
                 wanted, filesystem.cat_file(wanted.path, start=wanted.start, end=wanted.stop)
             )
         except Exception as error:
             outcome = _outcome(wanted, error)
-        is_over = tries == retry.read_attempts or time.monotonic() >= end
+        is_over = tries == s3.read_attempts or time.monotonic() >= end
         if not isinstance(outcome, Exception) or not is_transient(outcome) or is_over:
             return _Answer(outcome, tries)
-        time.sleep(backoff_of(tries, retry))
+        time.sleep(backoff_of(tries, s3))
     raise AssertionError("unreachable: the last try returns")
 
 
 def _outcome(wanted: Range, answer: Any) -> bytes | Fault | Exception:  # noqa: ANN401
-    """Returns the outcome of one request; an exception that calls for a retry, or for the end."""
+    """Returns the outcome of a request; an exception that calls for another try, or for the end."""
     if isinstance(answer, FileNotFoundError):
         return Fault("the file is not there (any more)", is_missing=True)
     if isinstance(answer, Exception):
-        retry = is_transient(answer) or isinstance(answer, PermissionError)
-        return answer if retry else Fault(words_of(answer))
+        again = is_transient(answer) or isinstance(answer, PermissionError)
+        return answer if again else Fault(words_of(answer))
     if wanted.num_bytes not in (None, len(answer)):
         return Fault(f"the file ends {wanted.num_bytes - len(answer)} bytes too early")
     return bytes(answer)

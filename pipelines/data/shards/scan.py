@@ -71,7 +71,7 @@ def open_shards(
     filesystem: AbstractFileSystem,
     root: str,
     shards: Sequence[Shard],
-    retry: S3Settings = S3Settings(),
+    s3: S3Settings = S3Settings(),
 ) -> list[ScannedShard]:
     """Reads the footers of some shards side by side.
 
@@ -80,7 +80,7 @@ def open_shards(
     """
     filled = [shard for shard in shards if shard.num_bytes]
     files = [(f"{root}/{shard.path}", shard.num_bytes) for shard in filled]
-    read = read_footers(filesystem, files, retry) if files else []
+    read = read_footers(filesystem, files, s3) if files else []
     footers = dict(zip((shard.path for shard in filled), read, strict=True))
     return [_scanned(shard, footers.get(shard.path)) for shard in shards]
 
@@ -88,7 +88,7 @@ def open_shards(
 def scan_folder(
     filesystem: AbstractFileSystem,
     root: str,
-    retry: S3Settings = S3Settings(),
+    s3: S3Settings = S3Settings(),
     *,
     only: str = "",
     known: Iterable[Shard] = (),
@@ -98,7 +98,7 @@ def scan_folder(
     Args:
         filesystem: The folder's file system.
         root: The folder's path in it.
-        retry: How patiently footers are read.
+        s3: Requests to an S3 server.
         only: Name of the only shard; see `ShardSet`.
         known: Shards whose rows the caller knows: those of the same path and size stay closed.
 
@@ -111,7 +111,7 @@ def scan_folder(
         unknown = [
             shard for shard, place in zip(chapter, places, strict=True) if place not in closed
         ]
-        opened = iter(open_shards(filesystem, root, unknown, retry))
+        opened = iter(open_shards(filesystem, root, unknown, s3))
         for place in places:
             yield _known(closed[place]) if place in closed else next(opened)
 

@@ -50,14 +50,14 @@ def write_buckets(
 
 
 def read_buckets(
-    filesystem: AbstractFileSystem, root: str, retry: S3Settings = S3Settings()
+    filesystem: AbstractFileSystem, root: str, s3: S3Settings = S3Settings()
 ) -> tuple[StoredBucket, ...]:
     """Sizes of a set; none where its folder names none.
 
     Raises:
         DataError: The file is there and cannot be read or makes no sense.
     """
-    text = fetch_file(filesystem, f"{root}/{BUCKETS_NAME}", retry)
+    text = fetch_file(filesystem, f"{root}/{BUCKETS_NAME}", s3)
     if text is None:
         return ()
     try:

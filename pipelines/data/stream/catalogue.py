@@ -39,7 +39,7 @@ class Catalogue:
         filesystem: The folder's file system.
         root: The folder's path in it.
         chapter_shards: Shards of a chapter.
-        retry: How patiently footers are read.
+        s3: Requests to an S3 server.
         recorded: Lines that earlier `take_notes` returned, when a run goes on.
         only: Name of the only shard; see `ShardSet`.
         in_order: The server is trusted to list in order; see `list_chapters`.
@@ -50,7 +50,7 @@ class Catalogue:
         filesystem: AbstractFileSystem,
         root: str,
         chapter_shards: int,
-        retry: S3Settings = S3Settings(),
+        s3: S3Settings = S3Settings(),
         recorded: Iterable[Mapping[str, Any]] = (),
         only: str = "",
         *,
@@ -59,7 +59,7 @@ class Catalogue:
         self._filesystem = filesystem
         self._root = root
         self._chapter_shards = chapter_shards
-        self._retry = retry
+        self._s3 = s3
         self._only = only
         self._in_order = in_order
         self._chapters: list[Chapter] = []
@@ -93,7 +93,7 @@ class Catalogue:
                 the server failed.
         """
         filled = [shard for shard in self.chapter(0) or () if shard.num_bytes][:SETTLING_SHARDS]
-        opened = open_shards(self._filesystem, self._root, filled, self._retry)
+        opened = open_shards(self._filesystem, self._root, filled, self._s3)
         self._opened = {each.shard.path: each for each in opened}
         schemas = [*self.first_schemas.values()]
         url = self._filesystem.unstrip_protocol(self._root)
@@ -195,7 +195,7 @@ class Catalogue:
         how: dict[str, Any] = {"only": self._only, "in_order": self._in_order}
         if self._chapters:
             return list_chapters(*place, self._chapters[-1][-1].path, **how)
-        indexed = None if self._only else read_index(self._filesystem, self._root, self._retry)
+        indexed = None if self._only else read_index(self._filesystem, self._root, self._s3)
         if indexed is None:
             return list_chapters(*place, **how)
         return iter([indexed[at : at + size] for at in range(0, len(indexed), size)])
@@ -206,7 +206,7 @@ class Catalogue:
         rows: dict[str, list[int]] = {}
         faults: dict[str, str] = {}
         closed = [shard for shard in shards if shard.path not in self._opened]
-        rest = iter(open_shards(self._filesystem, self._root, closed, self._retry))
+        rest = iter(open_shards(self._filesystem, self._root, closed, self._s3))
         for shard in shards:
             # The first ones have been opened to settle the names.
             scanned = self._opened.pop(shard.path, None) or next(rest)

@@ -202,7 +202,7 @@ def first_captions(
 
     Args:
         url: The folder, or a file of captions.
-        s3: How patiently it is read.
+        s3: Requests to an S3 server.
         seed: Of the order.
         wanted: Captions that are taken.
         names: Names of the set's columns.
