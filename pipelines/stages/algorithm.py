@@ -12,9 +12,10 @@ then one update of both learners together. SIGNAL waits for DENOISE, DENOISE for
 SIGNAL; TRACK comes after SIGNAL on the same forward pass. When all LEARN and TRACK are done the
 controller asks both learners for their gradient norms and, if both are finite and no spike, lets
 both step; otherwise both skip the update (`guards.py`). The next iteration waits for the steps.
-ROLLOUT also waits for its captions, which the text encoder embeds one iteration ahead. While a role
-waits for one micro-batch it works on another (`cluster.schedule.schedule`); columns are the order
-of the calls, not equal times, and l0 starts when s0 has ended:
+ROLLOUT also waits for its captions, which are asked for one iteration ahead and embedded when the
+iteration begins. While a role waits for one micro-batch it works on another
+(`cluster.schedule.schedule`); columns are the order of the calls, not equal times, and l0 starts
+when s0 has ended:
 
     generator   r0 r1 | l0 r2 | l1 r3 | ...            | step
     teacher        d0 | d1    | d2    | ...            |
