@@ -300,7 +300,9 @@ def _usual_remedy(attempted: str, error: BaseException) -> tuple[str, str]:
     sdk = ("botocore", "aiobotocore")
     named = re.search(r"([A-Za-z0-9+.-]+)://", attempted)
     if any(type(each).__module__.split(".")[0] in sdk for each in chain):
-        return _OBJECT_STORE
+        from cluster.s3.refusals import refusal_remedy
+
+        return refusal_remedy(error) or _OBJECT_STORE
     if named is None or named[1] == _ON_DISK:
         return _DISK
     return _OBJECT_STORE if named[1] in ("s3", "s3a") else _OTHER_STORE

@@ -19,6 +19,7 @@ from aiohttp import ClientPayloadError
 from botocore import exceptions as boto
 
 from cluster.redaction import without_secrets
+from cluster.s3.refusals import asks_for_fewer_requests
 from cluster.s3.settings import S3Settings
 
 T = TypeVar("T")
@@ -65,7 +66,8 @@ def backoff_of(tries: int, settings: S3Settings) -> float:
 
 def is_busy(error: Exception) -> bool:
     """True if the server asks for fewer requests, which passes: it is there."""
-    return isinstance(error, OSError) and error.errno == errno.EBUSY
+    is_numbered = isinstance(error, OSError) and error.errno == errno.EBUSY
+    return is_numbered or asks_for_fewer_requests(error)
 
 
 async def ask_again(

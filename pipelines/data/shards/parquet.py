@@ -31,6 +31,8 @@ _MERGE_GAP_BYTES = 64 * 2**10
 _NUM_CACHED_FOOTERS = 256
 _MAX_VAIN_READS = 3
 _MAGIC = b"PAR1"
+_LFS_MARK = b"version https://git-lfs"
+_IN_ITS_PLACE = "a pointer of Git LFS stands in its place: `git lfs pull` fetches the file"
 
 _log = logging.getLogger(__name__)
 
@@ -310,7 +312,8 @@ def _footer(tail: bytes) -> Footer | Fault:
         file = open_parquet(pa.BufferReader(tail))
         return Footer(file.metadata, file.schema_arrow)
     except (OSError, ValueError, pa.ArrowException) as error:
-        return Fault(f"no readable footer ({words_of(error)})")
+        why = _IN_ITS_PLACE if tail.startswith(_LFS_MARK) else words_of(error)
+        return Fault(f"no readable footer ({why})")
 
 
 class _NothingReadError(OSError):

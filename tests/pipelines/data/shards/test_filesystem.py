@@ -1,14 +1,20 @@
 """Folders are opened in one place, and what is wrong with a server is told without its keys."""
 
+import errno
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from aiohttp import ClientConnectionError
+from botocore.exceptions import ClientError
+from s3fs.errors import translate_boto_error
 
+from cluster.errors import StorageError
+from cluster.files import storage_errors
 from cluster.redaction import without_secrets
-from cluster.s3.patience import is_transient
+from cluster.s3.patience import is_busy, is_transient
 from cluster.s3.settings import S3Settings
 from pipelines.data.shards.filesystem import data_errors, open_folder
 from sgmd_core.errors import ConfigError, DataError
@@ -161,3 +167,33 @@ def test_a_server_of_another_kind_has_a_remedy_of_its_own() -> None:
     ):
         raise ClientConnectionError("no answer")
     assert "AWS" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        ("PermanentRedirect", "AWS_DEFAULT_REGION"),
+        ("AuthorizationHeaderMalformed", "AWS_DEFAULT_REGION"),
+        ("RequestTimeTooSkewed", "Set the clock of this machine"),
+        ("ExpiredToken", "Fetch new ones, with their AWS_SESSION_TOKEN"),
+        ("TooManyRequests", "Try again later"),
+    ],
+)
+def test_a_refused_request_is_told_with_what_to_do_about_it(code: str, remedy: str) -> None:
+    status = {"HTTPStatusCode": 429 if code == "TooManyRequests" else 400}
+    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": status}
+    refused = ClientError(answer, "GetObject")
+    assert is_busy(refused) == is_busy(translate_boto_error(refused)) == (remedy[:3] == "Try")
+    worded = translate_boto_error(refused)
+    with pytest.raises(DataError, match=remedy), data_errors("reading s3://b/x"):
+        raise worded
+    with pytest.raises(StorageError, match=remedy), storage_errors("writing to s3://b/x"):
+        raise worded
+    with pytest.raises(DataError) as other, data_errors("reading s3://b/x"):
+        raise translate_boto_error(ClientError({"Error": {"Code": "NoSuchKey"}}, "GetObject"))
+    assert remedy not in str(other.value)
+
+
+def test_a_disk_that_is_mounted_read_only_is_called_so() -> None:
+    with pytest.raises(DataError, match="mounted read-only"), data_errors("writing x"):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "x")

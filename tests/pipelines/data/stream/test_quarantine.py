@@ -128,6 +128,12 @@ def test_a_shard_that_was_cut_short(folder: Path, kept: int) -> None:
     assert "no readable footer" in found.why
 
 
+def test_a_pointer_of_git_lfs_in_place_of_a_shard_is_called_so(folder: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "bad.parquet").write_text(pointer)
+    assert "`git lfs pull` fetches the file" in reject(folder).why
+
+
 def test_a_shard_without_rows(folder: Path) -> None:
     write_shard(folder / "bad.parquet", [])
     assert reject(folder).why == "no rows"
