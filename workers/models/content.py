@@ -142,9 +142,12 @@ def read_content(file: Path) -> FileContent:
 
 def _tensors(part: Path, stem: str) -> dict[str, str]:
     files = find_weights(part, stem).used
-    workers = min(_MAX_FILES_AT_ONCE, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        contents = dict(zip(files, pool.map(read_content, files), strict=True))
+    workers = min(_MAX_FILES_AT_ONCE, os.cpu_count() or 1, len(files))
+    if workers > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            contents = dict(zip(files, pool.map(read_content, files), strict=True))
+    else:
+        contents = {file: read_content(file) for file in files}
     for file, content in contents.items():
         if content.not_finite:
             raise ModelFolderError(
