@@ -7,8 +7,9 @@ VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_FLAGS ?=
 # Test processes side by side; each takes whole files of tests, in the order of tests/conftest.py.
-# Much of a test is waiting for Ray, so there is one process more than there are cores.
-TEST_JOBS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
+# A sixth of the time of three such processes on two cores was waiting (2026-11-30, an AMD EPYC), so
+# there are two more than there are cores.
+TEST_JOBS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 2)))
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
