@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ray
 import ray.util
@@ -67,8 +67,7 @@ UNREAD = LocalRef(-1)
 """Stands for a result with arrays that nobody takes."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallSpec:
+class CallSpec(NamedTuple):
     """A method call: name, arguments, label, and what becomes of the result.
 
     Attributes:
