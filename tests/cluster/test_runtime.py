@@ -255,7 +255,7 @@ def test_a_ray_that_cannot_start_says_why(tmp_path):
 
 
 STARTS_LATE = """
-import subprocess, sys
+import signal, subprocess, sys
 import ray
 from cluster.errors import RayStartError
 from cluster.runtime import start_ray
@@ -265,11 +265,16 @@ late, tries = int(sys.argv[1]), []
 
 parts = []
 
+def heed_stops():
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
 def init_late(*arguments, **options):
     assert all(part.poll() is not None for part in parts), "the first start still runs"
     tries.append(options)
     if len(tries) <= late:
-        parts.append(subprocess.Popen(["sleep", "600"]))
+        # One that ends when it is asked to, and one that has to be killed: it inherits a mask.
+        heeding = heed_stops if late == 1 else None
+        parts.append(subprocess.Popen(["sleep", "600"], preexec_fn=heeding))
         raise Exception("The current node timed out during startup.")
 
 ray.init = init_late
