@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from pipelines.config.recipe import load_recipe
 from pipelines.exporting.export import ExportOptions, export
 from pipelines.media.inference import (
     InferenceSettings,
@@ -16,11 +17,14 @@ from pipelines.media.inference import (
     scheduler_of,
     write_inference_settings,
 )
+from pipelines.run.folder import RunFolder
 from pipelines.run.generator_folder import model_folder
 from sgmd_core.errors import ConfigError, ModelFolderError
+from workers.models.addresses import local_model
 from workers.models.configs import read_model_json
 from workers.models.exchange import ScaledLora, part_by_name
 from workers.models.families import family_of
+from workers.models.folder import require_encoders
 from workers.models.weight_digests import SETTINGS_FILE, require_same_weights
 
 
@@ -82,6 +86,7 @@ def sampled_folder(
     if checkpoint is None and not loras:
         yield model_folder(run_or_model)
         return
+    _require_clips(run_or_model, checkpoint)
     with tempfile.TemporaryDirectory(prefix="sgmd-") as scratch:
         folder = Path(scratch) / "model"
         if checkpoint is not None:
@@ -96,6 +101,17 @@ def sampled_folder(
             folder = Path(scratch) / "merged"
             _merge(base, loras, folder)
         yield folder
+
+
+def _require_clips(run_or_model: str | Path, checkpoint: str | None) -> None:
+    """Refuses a model that makes no clips, before its weights are read and merged."""
+    if checkpoint is None:
+        base = model_folder(run_or_model)
+    elif not (run := RunFolder(local_model(run_or_model))).config.exists():
+        return  # The export says what is wrong.
+    else:
+        base = load_recipe(str(run.config)).model_folder
+    require_encoders(family_of(base).inspect(base), f"sampling from {base}")
 
 
 def _merge(base: Path, loras: Sequence[LoraSource], folder: Path) -> None:

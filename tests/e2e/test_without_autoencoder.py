@@ -99,9 +99,13 @@ def test_whatever_decodes_or_encodes_says_which_download_completes_the_folder(
     ):
         with pytest.raises(ModelFolderError, match=NEEDED):
             ask()
-    said = CliRunner().invoke(app, ["generate", str(run), "--prompt", PROMPT])
-    assert said.exit_code == 2
-    assert "no weights in" in " ".join(said.stderr.split())
+    lora = tmp_path / "lora.safetensors"
+    for given in ([], ["--checkpoint", "1"], ["--lora", str(lora)]):
+        said = CliRunner().invoke(app, ["generate", str(run), "--prompt", PROMPT, *given])
+        assert said.exit_code == 2
+        # Not in a folder that would be made for the sampling, nor after a LoRA was opened.
+        place = bare if "--checkpoint" in given else run / "generator"
+        assert f"noweightsin{place}/vae" in "".join(said.stderr.split())
     # Captions are embedded without one, and experts are made of what is there.
     assert encodings_for(str(bare), EncodeOptions(ClipFormat(), 6, text_only=True))
     experts = make_experts(bare, tmp_path / "experts", 0.5)
