@@ -289,6 +289,11 @@ def ledger_command(
             "the model folder had no text encoder: embeddings were taken on their word, made by "
             f"{result.text_encoder_named}"
         )
+    if result.autoencoder_named:
+        examples.append(
+            "the model folder had no autoencoder: latents were taken on their word, made by "
+            f"{result.autoencoder_named}"
+        )
     show(result.to_json(), as_json, ledger_table(result), *examples, told)
     if not result.is_clean:
         raise typer.Exit(1)

@@ -27,7 +27,7 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.opened_copy import working_copy
 from pipelines.run.places import shared_place
 from sgmd_core.errors import DataError
-from workers.models.makers import maker_on_their_word
+from workers.models.makers import Made, maker_on_their_word
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class Audit:
         has_metrics: Whether there are metrics, which know iterations after the last checkpoint.
         text_encoder_named: Name of the text encoder that the run's embeddings gave, where its
             model folder had none to compare with; else empty.
+        autoencoder_named: The same of the autoencoder, by the run's latents.
         further: The same of each set of `data.also`, whose epochs are its own.
     """
 
@@ -58,6 +59,7 @@ class Audit:
     iterations_missing: int
     has_metrics: bool
     text_encoder_named: str = ""
+    autoencoder_named: str = ""
     further: tuple["Audit", ...] = ()
 
     @property
@@ -85,6 +87,7 @@ class Audit:
             "epochs": [epoch.to_json() for epoch in self.epochs],
             "quarantined": self.quarantined,
             **({"text_encoder_named": self.text_encoder_named} if self.text_encoder_named else {}),
+            **({"autoencoder_named": self.autoencoder_named} if self.autoencoder_named else {}),
             **({"also": [one.to_json() for one in self.further]} if self.further else {}),
         }
 
@@ -116,17 +119,22 @@ def _audit(folder: RunFolder, train: str | None) -> Audit:
         )
         for number, one in enumerate(training_sets(config, train))
     ]
-    return replace(first, text_encoder_named=_named(folder), further=tuple(further))
+    return replace(
+        first,
+        text_encoder_named=_named(folder, "embeddings"),
+        autoencoder_named=_named(folder, "latents"),
+        further=tuple(further),
+    )
 
 
-def _named(folder: RunFolder) -> str:
-    """Maker of embeddings that were taken on their word; empty where weights told, or nothing."""
+def _named(folder: RunFolder, made: Made) -> str:
+    """Maker of data that were taken on their word; empty where weights told, or nothing."""
     try:
         began = read_json(str(folder.identity))
     except StorageError:
         return ""  # Resuming refuses it; the ledger does not need it.
     model: Any = began.get("model") if isinstance(began, dict) else None
-    return maker_on_their_word(model) if is_kind(model, {ANY: str}) else ""
+    return maker_on_their_word(model, made) if is_kind(model, {ANY: str}) else ""
 
 
 def _audit_set(
