@@ -2,8 +2,14 @@
 
     check everything -> open the roles -> [take captions -> iterate -> record] -> export
 
-The controller moves handles and small records; every tensor stays with the roles. The loop itself
-is in `training.py`, one iteration in `iteration.py`.
+    distill              brings the run's folder here, where it is kept at an address
+    _checked_distill     checks settings, model, data and machine; holds the folder, hears signals
+    _distill             begins or takes up; again on a smaller topology where machines are lost
+    _place_and_train     starts the roles' processes and the trackers, loads the state
+    _train               trains to the end, across failures
+
+The controller, the process that runs this, moves handles and small records; every tensor stays with
+the roles. The loop over iterations is in `training.py`, one iteration in `iteration.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -148,7 +154,7 @@ def _checked_distill(
     stop_rule: StopRule,
     service: str,
 ) -> dict[str, Any]:
-    """Checks a distillation, and runs it in its folder, which is here."""
+    """Checks a distillation, and runs it in its folder, which is on this machine by now."""
     folder = RunFolder(config.run_folder)
     log = RunLog(folder.log, config.name, terminal.warning)
     observer = Observers([terminal, log])
@@ -206,6 +212,7 @@ def _distill(config: DistillConfig, job: _Job) -> dict[str, Any]:
             return _place_and_train(config, job, start, early)
         except _NotPlacedAgain as failure:
             config, told = _replanned(config, failure.error)
+        # The trackers of the attempt that failed are closed.
         job.events.observer = observer
         job.events.add(told)
         start, early = _take_up(config, job, told)
@@ -272,6 +279,7 @@ def _place_and_train(
         _open_trackers(config, folder) as trackers,
     ):
         beside = Observers([*trackers, _exporter(config, start)])
+        # Of taking the run up, which was before there were trackers.
         for event in early:
             beside.event(event)
         observers = Observers([observer, beside])

@@ -3,7 +3,12 @@
     generator   L_G = L_Fisher + lambda_nr * L_NR
     fake score  L_F =            lambda_rc * L_RC
 
-in two forms that differ in their weights (forms.py).
+in two forms that differ in their weights (forms.py). With the clean samples that both networks
+predict from one noised sample,
+
+    L_Fisher  closes the gap       x0_fake - x0_teacher, the teacher a constant  (fisher.py)
+    L_NR      rewards the residual x0 - x0_fake, which the fake score has        (potentials.py)
+    L_RC      is half the square of the fake score's error, in its velocity      (potentials.py)
 
 Every mean runs over all elements of all samples. So the loss of a batch is the mean of the losses
 of its samples, and micro-batches weighed by their share of samples add up to the whole batch.
@@ -43,7 +48,8 @@ class SgmdObjective:
         lambda_rc: Weight of the residual contraction; None takes the form's own, 1 released and
             0.1 paper. AdamW is nearly invariant to it, so it acts mainly through
             gradient clipping.
-        normalizer_eps: Added to the teacher's residual, in latent units.
+        normalizer_eps: Added to the teacher's residual, in latent units, before the released form
+            divides the Fisher term by it.
         sigma_floor: Lower limit of a noise level that something is divided by.
         fake_updates: Updates of the fake score per iteration; paper and release make 1.
     """
