@@ -17,8 +17,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cluster.errors import StorageError
-from cluster.files import open_store, opened_store, sha256_of, storage_errors
+from cluster.files import open_store, opened_store, sha256_of
 from cluster.storage import file_sizes, is_folder, read_json, write_json
+from cluster.storage_errors import storage_errors
 
 MANIFEST = "manifest.json"
 _SET_ASIDE = "manifest.json.broken"

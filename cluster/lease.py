@@ -32,8 +32,9 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import LeaseError, LeaseLostError
-from cluster.files import open_in_place, open_store, storage_errors, store_address
+from cluster.files import open_in_place, open_store, store_address
 from cluster.redaction import without_secrets
+from cluster.storage_errors import storage_errors
 
 LEASE_FILE, LEASE_OBJECT = ".lease", "_lease.json"
 _RENEW_EVERY_S, _EXPIRY_S = 10.0, 60.0

@@ -11,7 +11,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cluster.errors import StorageError
-from cluster.files import open_store, opened_store, storage_errors, write_whole
+from cluster.files import open_store, opened_store, write_whole
+from cluster.storage_errors import storage_errors
 
 
 def read_text(url: str) -> str:

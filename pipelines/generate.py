@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from cluster.files import storage_errors, write_whole
+from cluster.files import write_whole
 from cluster.folders import files_at
 from cluster.inventory import memory_bytes
+from cluster.storage_errors import storage_errors
 from pipelines.media.inference import InferenceSettings, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
 from pipelines.run.folder import require_output_folder

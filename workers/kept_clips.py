@@ -24,9 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.files import open_store, storage_errors, store_address, whole_file
+from cluster.files import open_store, store_address, whole_file
 from cluster.folders import files_at
 from cluster.lease import hold_if_free
+from cluster.storage_errors import storage_errors
 from sgmd_core.errors import SgmdError
 from sgmd_core.metrics import appearance, distributions, frechet, motion
 from sgmd_core.schedule import FlowMatchSchedule

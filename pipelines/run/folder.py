@@ -16,17 +16,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from cluster.files import (
-    open_store,
-    opened_store,
-    require_writable,
-    storage_errors,
-    store_address,
-    write_whole,
-)
+from cluster.files import open_store, opened_store, require_writable, store_address, write_whole
 from cluster.logs import ANY, Kind, append_line, every_line, flush_log, is_number, read_lines
 from cluster.redaction import has_user, without_secrets
 from cluster.storage import write_text
+from cluster.storage_errors import storage_errors
 from pipelines.config.recipe_files import RUN_RECIPE
 from pipelines.run.places import local_of, require_written_out, shared_place
 from pipelines.run.publisher import Publisher, publisher_of

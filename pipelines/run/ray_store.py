@@ -14,7 +14,8 @@ from typing import Any
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from pyarrow.lib import PythonFile
 
-from cluster.files import open_store, storage_errors, write_whole
+from cluster.files import open_store, write_whole
+from cluster.storage_errors import storage_errors
 
 
 def ray_store(address: str) -> tuple[PyFileSystem, str]:

@@ -18,10 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cluster.errors import StorageError, StoreRefusedError
-from cluster.files import open_store, opened_store, storage_errors, write_whole
+from cluster.files import open_store, opened_store, write_whole
 from cluster.folders import upload_file
 from cluster.lease import LEASE_OBJECT
 from cluster.s3.settings import S3Settings
+from cluster.storage_errors import storage_errors
 from pipelines.config.recipe_files import RUN_RECIPE
 from pipelines.run.log_parts import PARTS, LogParts, parts_in_order
 from pipelines.run.places import is_path_inside, shared_place

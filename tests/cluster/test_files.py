@@ -14,8 +14,9 @@ import pytest
 
 from cluster import files
 from cluster.errors import StorageError, StoreRefusedError
-from cluster.files import open_store, storage_errors, whole_file, whole_folder, write_whole
+from cluster.files import open_store, whole_file, whole_folder, write_whole
 from cluster.folders import whole_folder_at
+from cluster.storage_errors import storage_errors
 from sgmd_core.errors import ConfigError
 
 _DIE_HALF_WAY = """

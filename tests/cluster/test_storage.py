@@ -5,8 +5,8 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 
 from cluster.errors import StorageError
-from cluster.files import storage_errors
 from cluster.storage import read_json, write_json, write_text
+from cluster.storage_errors import storage_errors
 
 
 def test_a_file_is_replaced_as_a_whole(root):

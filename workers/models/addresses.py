@@ -23,10 +23,10 @@ from cluster.files import (
     kind_of_path,
     open_store,
     opened_store,
-    storage_errors,
     store_address,
     whole_folder,
 )
+from cluster.storage_errors import storage_errors
 from sgmd_core.errors import ModelFolderError
 from workers.models.configs import INDEX_FILE, REMEDY
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.files import storage_errors
 from cluster.logs import append_line, whole_lines
 from cluster.storage import write_text
+from cluster.storage_errors import storage_errors
 from pipelines.data.stream.batch import Batch
 from pipelines.data.stream.plan import Cursor
 from sgmd_core.errors import CheckpointError

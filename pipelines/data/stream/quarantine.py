@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.files import storage_errors, write_whole
+from cluster.files import write_whole
+from cluster.storage_errors import storage_errors
 from pipelines.data.shards.rejection import Place, Reason, Rejection, from_parquet, to_parquet
 from sgmd_core.errors import CheckpointError, DataError
 

@@ -10,8 +10,8 @@ import pytest
 
 from cluster.background import in_background
 from cluster.errors import StorageError, StoreRefusedError
-from cluster.files import storage_errors
 from cluster.lease import Lease
+from cluster.storage_errors import storage_errors
 from pipelines.run.opened_copy import copy_at, working_copy
 from pipelines.run.publisher import AddressPublisher
 from pipelines.run.records import RunEvent

@@ -12,10 +12,10 @@ from botocore.exceptions import ClientError
 from s3fs.errors import translate_boto_error
 
 from cluster.errors import StorageError
-from cluster.files import storage_errors
 from cluster.redaction import without_secrets
 from cluster.s3.patience import is_busy, is_transient
 from cluster.s3.settings import S3Settings
+from cluster.storage_errors import storage_errors
 from pipelines.data.shards.filesystem import data_errors, open_folder
 from sgmd_core.errors import ConfigError, DataError
 from tests.helpers.s3_server import S3Server, serve_s3, use_server
