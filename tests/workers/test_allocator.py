@@ -35,6 +35,26 @@ print(first, took())
 """
 """Blocks of 30 MB that are mapped from the system, before and after."""
 
+_FAULTS = """
+import resource
+import torch
+from workers.allocator import keep_freed_memory
+
+
+def faults() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**18) for _ in range(300)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+faults()
+print(faults())
+keep_freed_memory()
+faults()
+print(faults())
+"""
+"""Pages that are faulted in for 300 MB a second time, before and after."""
+
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other limits")
 def test_large_blocks_come_from_memory_that_is_kept() -> None:
@@ -42,3 +62,13 @@ def test_large_blocks_come_from_memory_that_is_kept() -> None:
         [sys.executable, "-c", _BLOCKS], capture_output=True, text=True, check=True, timeout=60
     )
     assert made.stdout.split() == ["1", "0"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other limits")
+def test_a_pass_that_frees_hundreds_of_megabytes_finds_them_again() -> None:
+    made = subprocess.run(
+        [sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True, timeout=60
+    )
+    before, after = map(int, made.stdout.split())
+    assert before > 10_000
+    assert after < 1_000
