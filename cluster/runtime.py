@@ -30,7 +30,7 @@ from ray._private.node import Node
 
 from cluster.background import in_background
 from cluster.errors import RayStartError
-from cluster.procfs import process_state, raylet_of
+from cluster.procfs import born, is_running, process_state, raylet_of
 from cluster.ray.fork_server import has_gpus, serve_forks
 from cluster.tokens import (
     PROBE_TIMEOUT_S,
@@ -44,7 +44,7 @@ from cluster.tokens import (
 _log = logging.getLogger(__name__)
 
 _GRACE_S = 10.0
-_GCS_PROBE_EVERY_S = 3.0
+_RAYLET_LOOK_EVERY_S, _GCS_PROBE_EVERY_S = 0.5, 3.0
 _SYSTEM_SETTINGS = {"task_events_max_num_task_in_gcs": 10_000}
 """Settings of Ray in a new cluster. Its control service remembers the last 100,000 calls by
 default, 250 MB of them, for its dashboard, which a new cluster does not have."""
@@ -134,24 +134,38 @@ def _ending_if_stopped(raylet: int) -> Iterator[None]:
 
 
 @contextmanager
-def watch_gcs(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterator[None]:
-    """Watches that Ray's control service (GCS) answers, while this process is connected to it.
+def watch_cluster(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterator[None]:
+    """Watches the two processes of Ray without which this one cannot go on, while it is connected.
 
-    Ray ends a driver 60 s after the service has gone, without a word of ours. So the sentence has
+    They are its control service (GCS), and the raylet of this machine. Ray ends a driver 60 s after
+    the one has gone, and some seconds after the other, without a word of ours. So the sentence has
     to come before.
 
     Args:
-        tell: Called with one sentence, once, when the service has not answered for so long.
+        tell: Called with one sentence, once, when one has ended, or the service has not answered
+            for so long.
         limit_s: Silence that is worth the sentence.
     """
     if not ray.is_initialized():
         yield
         return
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    raylet = raylet_of(ray.get_runtime_context().get_node_id())
+    since = born(raylet)
 
     def watch(over: threading.Event) -> None:
-        answered_s = time.monotonic()
-        while not over.wait(_GCS_PROBE_EVERY_S):
+        asked_s = answered_s = time.monotonic()
+        while not over.wait(_RAYLET_LOOK_EVERY_S):
+            if raylet and not is_running(raylet, since):
+                tell(
+                    f"the raylet of this machine, Ray's daemon (process {raylet}), has ended, as "
+                    "after SIGKILL or for want of memory; Ray will end this process within a "
+                    "minute. Go on with --resume; start a cluster that it has joined again before"
+                )
+                return
+            if time.monotonic() - asked_s < _GCS_PROBE_EVERY_S:
+                continue
+            asked_s = time.monotonic()
             try:
                 socket.create_connection((host, int(port)), PROBE_TIMEOUT_S).close()
                 answered_s = time.monotonic()
@@ -164,7 +178,7 @@ def watch_gcs(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterator[No
                     )
                     return
 
-    with in_background("watch-gcs", watch):
+    with in_background("watch-cluster", watch):
         yield
 
 

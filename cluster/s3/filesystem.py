@@ -31,6 +31,9 @@ from sgmd_core.errors import DataError
 RUNS = S3Settings()
 """Patience with the folders of runs."""
 
+_OF_LISTINGS = {"Name", "Prefix", "KeyCount", "MaxKeys", "IsTruncated", "Contents"}
+"""Parts of a listing, of which an empty folder has some too."""
+
 # A part of a file that is downloaded has a budget of its own.
 _PART_BYTES = 64 * 2**20
 
@@ -127,6 +130,9 @@ class PatientS3FileSystem(S3FileSystem):
             )
         if isinstance(answer, Exception):
             raise answer
+        if not _OF_LISTINGS & set(answer):
+            # As of a portal that asks for a login: the SDK reads an empty folder out of it.
+            raise ConnectionError(f"what answers for {place} is no S3 server: it lists nothing")
         return answer
 
     # The one of s3fs is bound to its own method.

@@ -148,7 +148,7 @@ def _placed(
 ) -> "Placement":
     """Starts or joins Ray, and reserves what the pools ask for, until the stack is closed."""
     from cluster.ray.topology import Placement, reserve
-    from cluster.runtime import start_ray, watch_gcs
+    from cluster.runtime import start_ray, watch_cluster
     from pipelines.distillation.placed_memory import require_placed
 
     pools = own_pools_of(config) if lent else pools_of(config)
@@ -160,7 +160,7 @@ def _placed(
             preload=modules_of(model_on_this_machine(config.model.folder)),
         )
     )
-    stack.enter_context(watch_gcs(tell))
+    stack.enter_context(watch_cluster(tell))
     placement = (
         Placement.adopt_current(pools)
         if in_trial

@@ -165,17 +165,18 @@ def test_the_error_says_where_the_state_is_and_with_which_code_the_process_ends(
 LOST = """
 import os, signal, subprocess, sys, time
 import psutil
-from cluster.runtime import start_ray, watch_gcs
+from cluster.runtime import start_ray, watch_cluster
 
 heard = []
 with start_ray(num_cpus=1):
-    with watch_gcs(heard.append, limit_s=3.0):
-        for child in psutil.Process().children(recursive=True):
-            if "gcs_server" in child.name():
-                child.kill()
-        deadline = time.monotonic() + 40
-        while not heard and time.monotonic() < deadline:
-            time.sleep(0.1)
+    for number, name in enumerate(("gcs_server", "raylet"), start=1):
+        with watch_cluster(heard.append, limit_s=3.0 if number == 1 else 60.0):
+            for child in psutil.Process().children(recursive=True):
+                if name in child.name():
+                    child.kill()
+            deadline = time.monotonic() + 40
+            while len(heard) < number and time.monotonic() < deadline:
+                time.sleep(0.1)
     print(heard, flush=True)
     os._exit(0)
 """
@@ -265,4 +266,5 @@ def test_a_lost_cluster_is_told_before_ray_ends_the_process() -> None:
         timeout=120,
     )
     assert "does not answer" in done.stdout, done.stderr
-    assert "--resume" in done.stdout
+    assert "the raylet of this machine, Ray's daemon" in done.stdout, done.stderr
+    assert done.stdout.count("--resume") == 2

@@ -3,7 +3,9 @@
 import errno
 import os
 import socket
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -197,3 +199,31 @@ def test_a_refused_request_is_told_with_what_to_do_about_it(code: str, remedy: s
 def test_a_disk_that_is_mounted_read_only_is_called_so() -> None:
     with pytest.raises(DataError, match="mounted read-only"), data_errors("writing x"):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "x")
+
+
+class Portal(BaseHTTPRequestHandler):
+    """Asks for a login, whatever it is asked for."""
+
+    def do_GET(self) -> None:
+        page = b"<html><body>Please log in</body></html>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_page_in_place_of_a_listing_is_not_taken_for_an_empty_folder(
+    keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), Portal) as portal:
+        thread = threading.Thread(target=portal.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        address = f"http://127.0.0.1:{portal.server_address[1]}"
+        use_server({**keys, "AWS_ENDPOINT_URL": address}, monkeypatch)
+        with pytest.raises(DataError, match=r"is no S3 server.*Check AWS_ENDPOINT_URL"):
+            open_folder("s3://clips/set", QUICK)
+        portal.shutdown()
+        thread.join()
