@@ -71,7 +71,7 @@ generator: {{optimizer: {{lr: 1.0e-3}}}}
 fake_score: {{optimizer: {{lr: 1.0e-3}}}}
 teacher: {{guidance_scale: 2.0}}
 export: {{dtype: fp32}}  # generators are compared to the bit
-validation: {{every: 0, num_captions: 8, teacher_steps: 2}}
+validation: {{every: 0, num_captions: 4, teacher_steps: 2}}
 topology:
   mode: local
   generator: {{cpus: 0.5}}

@@ -113,7 +113,8 @@ def test_a_validation_measures_motion_looks_and_diversity_beside_the_teachers(
         for name, (low, high) in line["intervals"].items():
             assert low <= line["figures"][name] <= high
         assert line["influences"].keys() == {"sharpness_ratio", "frechet"}
-        assert {len(each) for each in line["influences"].values()} == {8}
+        num_clips = whole.validation.num_captions
+        assert {len(each) for each in line["influences"].values()} == {num_clips}
         assert (folder.samples / line["sheet"]).exists()
 
 
@@ -128,7 +129,7 @@ def test_the_best_and_the_newest_checkpoint_are_kept_and_the_best_is_exported(
     assert {entry[0] for entry in ranking(whole) if entry[2]} == {best, 6}
     summary = json.loads(folder.summary.read_text())
     assert summary["best"][0]["iteration"] == best
-    # After so few updates and with 8 clips, the best one may be any of them.
+    # After so few updates and with so few clips, the best one may be any of them.
     note = json.loads(folder.ranking.read_text())["note"]
     assert note.startswith(f"checkpoints {best}")
     assert "are not told apart by these clips: sharpness_ratio" in note
