@@ -253,3 +253,25 @@ def test_what_a_machine_starts_is_forked_in_its_namespaces_and_ends_with_it(
     assert not (disk / "written").exists()
     left = subprocess.run(["ip", "netns", "pids", network], capture_output=True, check=True)
     assert not left.stdout
+
+
+def test_a_script_for_the_bare_interpreter_runs_in_the_client_itself(tmp_path: Path):
+    script = tmp_path / "bare.py"
+    script.write_text(
+        "import os, sys\n"
+        "print(__name__, sys.argv[1:], sys.flags.isolated, sys.flags.no_site, sys.executable)\n"
+        "print(os.getpid(), 'torch' in sys.modules, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [forked_python(), "-I", "-S", script, "a b"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"__main__ ['a b'] 1 1 {PYTHON}\n"
+        assert process.stdout.readline() == f"{process.pid} False\n"
+        assert forked_process(process.pid) == process.pid
+        process.communicate()
+    assert process.returncode == 0

@@ -168,6 +168,8 @@ def forked_process(pid: int) -> int:
     # What was forked may be heard of before its client knows of it.
     while forked_python() in (process / "cmdline").read_text().split("\0")[:3]:
         name = (process / "comm").read_text().strip()
+        if name == "itself":
+            break
         if name.startswith("for-") and name != "for-0":
             return int(name.removeprefix("for-"))
         time.sleep(0.001)
