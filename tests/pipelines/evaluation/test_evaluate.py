@@ -1,11 +1,12 @@
 """`evaluate`: every way of sampling measured alike, remembered, and judged by fixed criteria."""
 
-import gc
 import io
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -325,11 +326,19 @@ class TestFiles:
         figures = [row.model_dump(exclude=timed) for row in again.rows]
         assert figures == [row.model_dump(exclude=timed) for row in evaluation.rows]
 
-    def test_only_one_model_is_in_memory_at_a_time(self, place, tmp_path):
+    def test_only_one_model_is_in_memory_at_a_time(self, place, tmp_path, monkeypatch):
         alive: dict[str, int] = {}
+        models: WeakSet[Evaluator] = WeakSet()
+        make = Evaluator.__init__
+
+        def made(model: Evaluator, *settings: Any, **named: Any) -> None:
+            models.add(model)
+            make(model, *settings, **named)
 
         def count(label: str, done: int, total: int) -> None:
-            alive[label] = sum(type(each) is Evaluator for each in gc.get_objects())
+            alive[label] = len(models)
+
+        monkeypatch.setattr(Evaluator, "__init__", made)
 
         evaluate(
             place / "generator",
