@@ -61,6 +61,8 @@ class _Joining:
     def __init__(self, calls: Sequence[Call], teams: Mapping[str, Team]) -> None:
         self._calls = calls
         self._teams = teams
+        # By place of a call: each is asked for many times.
+        self._processes = [teams[call.role].process(call.role, call.rank) for call in calls]
         self._gangs = list(gangs_of(calls, teams))
         number = {place: at for at, gang in enumerate(self._gangs) for place in gang}
         self._takes: list[set[int]] = []
@@ -117,7 +119,7 @@ class _Joining:
             for taken in inside.intersection(self._calls[place].inputs):
                 own, other = (self._calls[one] for one in (place, taken))
                 shares = self._teams[own.role].homes and self._teams[other.role].homes
-                if not shares or self._process_of(own) != self._process_of(other):
+                if not shares or self._processes[place] != self._processes[taken]:
                     return False
         return True
 
@@ -125,7 +127,7 @@ class _Joining:
         ranks = defaultdict[Process, list[int]](list)
         for at in chain:
             for place in self._gangs[at]:
-                ranks[self._process_of(self._calls[place])].append(place)
+                ranks[self._processes[place]].append(place)
         return [tuple(places) for places in ranks.values()]
 
     def _closed(self, gangs: set[int]) -> int:
@@ -139,10 +141,7 @@ class _Joining:
         return self._calls[self._gangs[at][0]]
 
     def _process(self, at: int) -> Process:
-        return self._process_of(self._first(at))
-
-    def _process_of(self, call: Call) -> Process:
-        return self._teams[call.role].process(call.role, call.rank)
+        return self._processes[self._gangs[at][0]]
 
 
 def _of_same_samples(one: Call, other: Call) -> bool:
