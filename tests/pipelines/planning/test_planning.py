@@ -1000,8 +1000,9 @@ class TestCommand:
     @pytest.mark.slow
     @pytest.mark.parametrize("weight", [1.0, 0.0], ids=["rcm", "scm"])
     def test_a_consistency_term_is_planned_with_its_own_stages(self, weight):
-        options = ("--gpus", 4, "--json", f"objective.matching_weight={weight}")
-        result = sgmd("plan", "tiny-rcm", *options)
+        # Seconds are those of a sample, whatever the batch.
+        options = ("--gpus", 4, "--json", "batch={size: 4, micro_batches: 2}")
+        result = sgmd("plan", "tiny-rcm", *options, f"objective.matching_weight={weight}")
         assert result.exit_code == 0, result.stderr
         seconds = json.loads(result.stdout)["stage_seconds_per_sample"]
         assert seconds["generator.noise_data"] == 0
