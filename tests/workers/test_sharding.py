@@ -93,6 +93,31 @@ def all_weights(roles: Roles) -> Weights:
     return found
 
 
+def own_parts(roles: Roles) -> Weights:
+    """This rank's rows of the weights of both learners."""
+    return {
+        f"{role}/{name}": value.detach().to_local().clone()
+        for role in ("generator", "fake_score")
+        for name, value in parameters_of(roles.networks[role]).items()
+    }
+
+
+def brought_weights(roles: Roles) -> dict[str, Weights]:
+    """All weights; what the test can put together is not gathered."""
+    return {"average": roles.generator.final_weights(), "parts": own_parts(roles)}
+
+
+def put_together(ranks: list[dict[str, Any]]) -> None:
+    """Makes `all_weights` of what ranks have brought, on each."""
+    for name, first in ranks[0].items():
+        if isinstance(first, dict) and first.keys() == {"average", "parts"}:
+            parts = [rank[name]["parts"] for rank in ranks]
+            whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            for rank in ranks:
+                average = rank[name]["average"].items()
+                rank[name] = {f"average/{key}": value for key, value in average} | whole
+
+
 def weights_after(run: dict[str, Any], batches: tuple[tuple[int, ...], ...] = BATCHES) -> Weights:
     roles = tiny_roles(**run)
     for iteration in range(NUM_ITERATIONS):
@@ -120,7 +145,7 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
         )
         for iteration in range(NUM_ITERATIONS):
             iterate(roles, iteration, BATCHES)
-        brought[f"final {name}"] = all_weights(roles)
+        brought[f"final {name}"] = brought_weights(roles)
         roles.generator.save(str(folder / name))
         roles.fake_score.save(str(folder / name))
         # The first rank writes; in a run the controller waits for it.
@@ -129,14 +154,14 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
         snapshots = roles.generator.snapshot(), roles.fake_score.snapshot()
         brought[f"snapshot bytes {name}"] = sum(part.num_bytes for part in snapshots)
         iterate(roles, NUM_ITERATIONS, BATCHES)
-        brought[f"uninterrupted {name}"] = all_weights(roles)
+        brought[f"uninterrupted {name}"] = brought_weights(roles)
         # A survivor stands in the middle of an iteration; a process that replaces another is new.
         gather(roles, NUM_ITERATIONS + 1, BATCHES[:1])
         for what, restored in (("survivor", roles), ("replaced", tiny_roles(**run))):
             restored.generator.restore(snapshots[0])
             restored.fake_score.restore(snapshots[1])
             iterate(restored, NUM_ITERATIONS, BATCHES)
-            brought[f"{what} {name}"] = all_weights(restored)
+            brought[f"{what} {name}"] = brought_weights(restored)
     for name in MEASURED:
         brought[f"measured {name}"] = measured(RUNS[name])
     brought["fused"] = roles.generator._optimizer._adamw.param_groups[0]["fused"]
@@ -193,13 +218,13 @@ class GatheredBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def resumed_weights(folder: Path, run: dict[str, Any]) -> Weights:
+def resumed_weights(folder: Path, run: dict[str, Any]) -> dict[str, Weights]:
     """All weights one iteration after a resume."""
     roles = tiny_roles(**run)
     roles.generator.load(str(folder))
     roles.fake_score.load(str(folder))
     iterate(roles, NUM_ITERATIONS, BATCHES)
-    return all_weights(roles)
+    return brought_weights(roles)
 
 
 def whole_gradients(roles: Roles, role: str) -> Weights:
@@ -230,7 +255,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(2, on_two, tmp_path_factory.mktemp("ranks"), folder)
+    ranks = on_ranks(2, on_two, tmp_path_factory.mktemp("ranks"), folder)
+    put_together(ranks)
+    return ranks
 
 
 def test_the_networks_are_really_sharded(ranks):
