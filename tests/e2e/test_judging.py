@@ -1,6 +1,7 @@
 """Alarms of real runs, and their best checkpoints; both outlive an interruption."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +142,26 @@ def test_the_best_and_the_newest_checkpoint_are_kept_and_the_best_is_exported(
     assert read_inference_settings(folder.best) == read_inference_settings(folder.generator)
 
 
+PARTS = ["name=parts", *RANKED, *TOUCHY]
+
+
+@pytest.fixture(scope="module")
+def stopped(module_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the folder of a run that ended after four iterations of six."""
+    # States are kept as long as their validations are under way.
+    config = module_recipe("iterations=4", *PARTS, "checkpoint.keep=2")
+    distill(config)
+    return shutil.copytree(config.run_folder, tmp_path_factory.mktemp("stopped") / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_lost", [1, 2])
 def test_a_resumed_run_has_the_alarms_the_figures_and_the_ranking_of_one_never_stopped(
-    whole: DistillConfig, module_recipe: MakeRecipe, num_lost: int
+    whole: DistillConfig, stopped: Path, module_recipe: MakeRecipe, num_lost: int
 ) -> None:
-    settings = [f"name=parts-{num_lost}", *RANKED, *TOUCHY]
-    # States are kept as long as their validations are under way.
-    distill(module_recipe("iterations=4", *settings, "checkpoint.keep=2"))
-    parts = module_recipe("iterations=6", *settings)
+    parts = module_recipe("iterations=6", *PARTS)
+    shutil.rmtree(parts.run_folder)
+    shutil.copytree(stopped, parts.run_folder)
     # As if it had been killed before its last validations were back.
     log = RunFolder(parts.run_folder).validation
     lines = log.read_text().splitlines(keepends=True)
