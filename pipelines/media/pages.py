@@ -1,12 +1,14 @@
 """Templates of self-contained HTML pages."""
 
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
+@cache
 def page_templates(folder: Path) -> Environment:
-    """Templates of a folder; values are escaped, and a name that is not there is an error."""
+    """Templates of a folder, compiled once; values are escaped, and a missing name is an error."""
     return Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
