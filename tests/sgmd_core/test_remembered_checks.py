@@ -1,7 +1,9 @@
 """Types and shapes are still checked when a check like it was made before."""
 
+from collections.abc import Mapping, ValuesView
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -72,6 +74,63 @@ def test_a_record_is_checked_when_it_is_made():
             Pair(torch.ones(2), torch.ones(3))
         with pytest.raises(Exception, match="name"):
             Pair(torch.ones(2), torch.ones(2), 1)
+
+
+def test_lengths_and_literals_that_are_about_numbers_are_checked_at_each_call():
+    @remembering(typechecker=beartype)
+    def levels(num_steps: int) -> Float[Tensor, " {num_steps}+1"]:
+        return torch.ones(5)
+
+    @remembering(typechecker=beartype)
+    def one_or_two(number: tuple[Literal[1, 2], ...]) -> None:
+        return None
+
+    levels(4)
+    one_or_two((2,))
+    for _ in range(2):
+        with pytest.raises(Exception, match="return value"):
+            levels(5)
+        with pytest.raises(Exception, match="number"):
+            one_or_two((7,))
+
+
+LARGE = [*[1.0] * 19, "text"]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ([1.0] * 20, LARGE),
+        ({place: 1.0 for place in range(20)}, dict(reversed([*enumerate(LARGE)]))),
+        (MappingProxyType({"name": 1.0}), MappingProxyType({"name": "text"})),
+        ({"name": 1.0}.values(), {"name": "text"}.values()),
+        ([1.0, 2.0], [1.0, "text"]),
+        ({"a": 1.0, "b": 2.0}, {"b": "text", "a": 1.0}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("is_result", [False, True])
+def test_containers_of_which_an_entry_may_be_wrong_are_checked_at_each_call(good, bad, is_result):
+    """Beartype looks at one entry, by chance: it finds the wrong one of twenty in 500 calls."""
+
+    @remembering(typechecker=beartype)
+    def taken(value: Mapping[Any, float] | list[float] | ValuesView[float]) -> None:
+        return None
+
+    @remembering(typechecker=beartype)
+    def given(value: Any) -> Mapping[Any, float] | list[float] | ValuesView[float]:
+        return told[0]
+
+    told = [good]
+
+    def call(value: Any, times: int) -> None:
+        told[0] = value
+        for _ in range(times):
+            given(None) if is_result else taken(value)
+
+    call(good, 2)
+    with pytest.raises(Exception, match="return value" if is_result else "value"):
+        call(bad, 500)
 
 
 def test_an_answer_that_was_remembered_asks_nobody(monkeypatch: pytest.MonkeyPatch):
