@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
@@ -143,6 +143,13 @@ class SweepSettings(Section):
         """Sentences on settings that do not fit together."""
         return _contradictions(self)
 
+    def unsearchable(self) -> Iterator[str]:
+        """Sentences on what compares nothing, which only a new sweep is refused for.
+
+        Recipes that runs and older sweeps have kept may say it, and are read.
+        """
+        return _unsearchable(self)
+
     @property
     def dimensions(self) -> dict[str, Dimension]:
         """Everything that is searched, by dotted key; keys come after those they depend on."""
@@ -171,16 +178,16 @@ class SweepSettings(Section):
         return any(each.choice is None for each in self.space.values())
 
 
-_NOT_SEARCHED = {
+_OF_SWEEP = {
     "seed": "seeds runs a point with several",
-    "name": "",
-    "output": "",
+    "name": "trials are named by their points",
+    "output": "trials lie in the folder of the sweep",
     "iterations": "all trials have those of sweep.iterations",
     "validation.every": "all trials are validated at sweep.validate_every",
     "sweep": "a trial does not read it",
     "study": "a trial does not read it",
 }
-"""Settings and sections that no point may have, each with what there is instead."""
+"""Settings and sections that neither points nor all trials may have, each with what there is."""
 
 
 def _contradictions(sweep: SweepSettings) -> Iterator[str]:
@@ -189,15 +196,6 @@ def _contradictions(sweep: SweepSettings) -> Iterator[str]:
         yield f"{key} is in grid and in space"
     for key in keys.keys() & sweep.settings.keys():
         yield f"{key} is searched, and settings gives it one value"
-    for key in keys:
-        instead = _NOT_SEARCHED.get(key, _NOT_SEARCHED.get(key.partition(".")[0]))
-        if instead is not None:
-            yield f"{key} cannot be searched" + (f"; {instead}" if instead else "")
-    for key, each in keys.items():
-        values = each.choice if isinstance(each, Dimension) else each
-        counts = Counter(map(json.dumps, values or ()))
-        for value in (value for value, count in counts.items() if count > 1):
-            yield f"{key} has {value} more than once"
     for key, each in sweep.space.items():
         for other, wanted in each.when.items():
             if other == key or other not in keys:
@@ -220,6 +218,32 @@ def _contradictions(sweep: SweepSettings) -> Iterator[str]:
     yield from _scheduler_contradictions(sweep)
     if sweep.search == "pb2":
         yield from _pb2_contradictions(sweep)
+
+
+def _unsearchable(sweep: SweepSettings) -> Iterator[str]:
+    for keys, words in (
+        ({**sweep.grid, **sweep.space}, "searched"),
+        (sweep.settings, "one of sweep.settings"),
+    ):
+        for key in keys:
+            instead = _OF_SWEEP.get(key, _OF_SWEEP.get(key.partition(".")[0]))
+            if instead is not None:
+                yield f"{key} cannot be {words}; {instead}"
+    for key, each in sweep.dimensions.items():
+        values = each.choice or []
+        counts = Counter(map(_as_compared, values))
+        for compared, value in {_as_compared(value): value for value in values}.items():
+            if counts[compared] > 1:
+                yield f"{key} has {json.dumps(value)} more than once"
+
+
+def _as_compared(value: JsonValue) -> Hashable:
+    """Equal for values that set the same: 1 and 1.0, but not true."""
+    if isinstance(value, list):
+        return tuple(map(_as_compared, value))
+    if isinstance(value, dict):
+        return frozenset((key, _as_compared(each)) for key, each in value.items())
+    return isinstance(value, bool), value
 
 
 def _has_cycle(sweep: SweepSettings) -> bool:

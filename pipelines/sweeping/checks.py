@@ -33,8 +33,12 @@ def points_to_check(config: DistillConfig) -> list[PointSettings]:
     return corners(dimensions)
 
 
-def checked_sweep(config: DistillConfig) -> int:
+def checked_sweep(config: DistillConfig, *, is_new: bool = True) -> int:
     """Checks every point of a grid, or the corners of a space, against model and data.
+
+    Args:
+        config: The recipe.
+        is_new: It has not begun; one that has goes on though some of its trials compare nothing.
 
     Returns:
         Iteration of the state that all trials go on from; 0 without one.
@@ -50,6 +54,13 @@ def checked_sweep(config: DistillConfig) -> int:
             f"sweep.grid is {dict(sweep.grid)}, and sweep.space has {len(sweep.space)} keys",
             "at least one key, each with values to try",
             "For example sweep.grid: {objective.lambda_nr: [0.05, 0.1]}",
+        )
+    if is_new and (found := list(sweep.unsearchable())):
+        raise ConfigError(
+            attempted,
+            "; ".join(found),
+            "different points, of settings that all trials leave to the recipe",
+            "Take these keys and values out of sweep.grid, sweep.space and sweep.settings",
         )
     check_sweep(config, sweep.dimensions, attempted)
     if sweep.search == "pb2":

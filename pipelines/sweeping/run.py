@@ -110,7 +110,8 @@ def sweep(
         folder = local_of(sweep_place(config))
         if resume == "auto":
             resume = (folder / _RECIPE).exists()
-        first_iteration = checked_sweep(from_kept_start(config, folder) if resume else config)
+        recipe = from_kept_start(config, folder) if resume else config
+        first_iteration = checked_sweep(recipe, is_new=not resume)
         with (
             hold_place(folder, f"sgmd sweep {config.name}", ELSEWHERE) as lease,
             publishing(folder, lease, config.recovery.storage_outage_s, observer.event),

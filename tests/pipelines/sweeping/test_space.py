@@ -1,5 +1,7 @@
 """Spaces of settings: what a recipe may say, and the points that come of it."""
 
+import re
+
 import optuna
 import pytest
 
@@ -121,20 +123,45 @@ class TestRefusals:
             (f"{NR}: {{choice: [0.1], when: {{{FORM}: paper}}}}", "which is not searched beside"),
             (f"{FORMS}, {NR}: {{choice: [0.1], when: {{{FORM}: both}}}}", "not one of its choices"),
             (f"{NR}: {{uniform: [0.0, 1.0]}}", "a range has no grid"),
-            ("seed: {choice: [1, 2]}", "seeds runs a point with several"),
             (f"{NR}: {{uniform: [-1.0, 1.0]}}", "lambda_nr"),
-            (f"{NR}: {{choice: [0.1, 0.2, 0.1]}}", "has 0.1 more than once"),
-            ("iterations: {choice: [10, 20]}", "all trials have those of sweep.iterations"),
-            ("validation.every: {choice: [0, 20]}", "validated at sweep.validate_every"),
-            (
-                "sweep.iterations: {choice: [10, 20]}",
-                "sweep.iterations cannot be searched",
-            ),
         ],
     )
     def test_a_space_that_makes_no_sense(self, settings: str, words: str):
         search = "grid" if "no grid" in words else "random"
         assert words in refusal(f"sweep.space={{{settings}}}", f"sweep.search={search}")
+
+    @pytest.mark.parametrize(
+        ("setting", "words"),
+        [
+            (f"sweep.grid={{{NR}: [0.1, 0.2, 0.1]}}", f"{NR} has 0.1 more than once"),
+            (f"sweep.grid={{{NR}: [1, 1.0]}}", f"{NR} has 1.0 more than once"),
+            ("sweep.grid={seed: [1, 2]}", "seeds runs a point with several"),
+            ("sweep.grid={iterations: [10, 20]}", "all trials have those of sweep.iterations"),
+            ("sweep.grid={validation.every: [0, 20]}", "validated at sweep.validate_every"),
+            ("sweep.grid={sweep.iterations: [10, 20]}", "sweep.iterations cannot be searched"),
+            ("sweep.settings={iterations: 20}", "iterations cannot be one of sweep.settings"),
+            ("sweep.settings={validation.every: 5}", "validated at sweep.validate_every"),
+            ("sweep.settings={sweep.iterations: 5}", "a trial does not read it"),
+            ("sweep.settings={output: elsewhere}", "in the folder of the sweep"),
+        ],
+    )
+    def test_what_compares_nothing_is_refused_of_a_new_sweep_alone(
+        self, setting: str, words: str, shapes_recipe: tuple[str, ...]
+    ):
+        """Recipes that older sweeps and their trials have kept are read, and go on."""
+        config = load_recipe("tiny", [*shapes_recipe, setting])
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            checked_sweep(config)
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            dry_run_sweep(config)
+
+    def test_a_sweep_that_began_with_a_value_twice_goes_on(self, shapes_recipe: tuple[str, ...]):
+        values = f"sweep.grid={{{NR}: [0.1, 0.1]}}"
+        assert checked_sweep(load_recipe("tiny", [*shapes_recipe, values]), is_new=False) == 0
+
+    def test_true_is_another_value_than_one(self):
+        assert not list(SweepSettings(grid={"a": [1, True], "b": [[1], [True]]}).unsearchable())
+        assert list(SweepSettings(grid={"b": [[1], [1.0]]}).unsearchable())
 
     def test_a_scheduler_without_validations_on_the_way(self):
         text = refusal("sweep.scheduler.method=asha", f"sweep.space={{{NR}: {{choice: [1.0]}}}}")
