@@ -373,7 +373,7 @@ def _ready(
     denoiser = family.load_denoiser(folder, dtype, device=_device(), prepare=prepare)
     if in_fp8:
         denoiser.store_in_fp8()
-    keep_freed_memory()
+    keep_freed_memory(_device())
     return denoiser
 
 
@@ -396,7 +396,7 @@ def _learning(
     add_adapters(network, lora, seed, role)
     prepare_network(network, compute)
     shard(network, network.trained_blocks, dtype=network.autocast_dtype)
-    keep_freed_memory()
+    keep_freed_memory(_device())
     return network
 
 

@@ -30,12 +30,15 @@ def took() -> int:
 
 kept = []
 first = took()
-keep_freed_memory()
-print(first, took())
+keep_freed_memory(torch.device("cuda"))
+again = took()
+keep_freed_memory(torch.device("cpu"))
+print(first, again, took())
 """
-"""Blocks of 30 MB that are mapped from the system, before and after."""
+"""Blocks of 30 MB that are mapped from the system: at first, for a role on a GPU, on a CPU."""
 
 _FAULTS = """
+import ctypes
 import resource
 import torch
 from workers.allocator import keep_freed_memory
@@ -47,13 +50,15 @@ def faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
+PR_SET_THP_DISABLE = 41
+assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
 faults()
 print(faults())
-keep_freed_memory()
+keep_freed_memory(torch.device("cpu"))
 faults()
 print(faults())
 """
-"""Pages that are faulted in for 300 MB a second time, before and after."""
+"""Pages of 4 KB that are faulted in for 300 MB a second time, before and after."""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other limits")
@@ -61,7 +66,7 @@ def test_large_blocks_come_from_memory_that_is_kept() -> None:
     made = subprocess.run(
         [sys.executable, "-c", _BLOCKS], capture_output=True, text=True, check=True, timeout=60
     )
-    assert made.stdout.split() == ["1", "0"]
+    assert made.stdout.split() == ["1", "1", "0"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other limits")
@@ -71,4 +76,4 @@ def test_a_pass_that_frees_hundreds_of_megabytes_finds_them_again() -> None:
     )
     before, after = map(int, made.stdout.split())
     assert before > 10_000
-    assert after < 1_000
+    assert after < before / 10
