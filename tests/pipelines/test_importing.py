@@ -82,11 +82,15 @@ def test_a_shorter_prefix_is_read_in_8_bits_too_and_a_weight_under_two_prefixes_
     one, other = (load_file(tmp_path / name / FILE) for name in ("long", "short"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    file = single_file(trained, tmp_path / "twice.safetensors", "diffusion_model.")
-    twice = load_file(file) | {"head.modulation": torch.zeros(1, 2, 32)}
-    save_file(twice, file)
-    with pytest.raises(ModelFolderError, match=r"head\.modulation is there twice, also as diff"):
-        import_file(file, base, tmp_path / "twice")
+    short_names = single_file(trained, tmp_path / "once.safetensors", "diffusion_model.")
+    once, file = load_file(short_names), tmp_path / "twice.safetensors"
+    for other in ("", "model.diffusion_model."):
+        save_file(once | {f"{other}head.modulation": torch.zeros(1, 2, 32)}, file)
+        names = " and as ".join(
+            sorted((f"{other}head.modulation", "diffusion_model.head.modulation"), key=len)
+        )
+        with pytest.raises(ModelFolderError, match=f"head.modulation is there twice, as {names}"):
+            import_file(file, base, tmp_path / "twice")
 
 
 def test_a_base_without_a_scheduler_gets_one_and_the_import_says_so(

@@ -257,9 +257,9 @@ def _require_tensors(path: Path, own: Mapping[str, tuple[int, ...]]) -> None:
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if not is_beside_weights(name)]  # noqa: SIM118
         stored = {_bare(name): tuple(file.get_slice(name).get_shape()) for name in names}
-    if len(stored) < len(names):
-        twice = next(name for name in names if name != _bare(name) and _bare(name) in names)
-        raise ValueError(f"{_bare(twice)} is there twice, also as {twice}")
+    for bare in stored if len(stored) < len(names) else ():
+        if len(twins := sorted((name for name in names if _bare(name) == bare), key=len)) > 1:
+            raise ValueError(f"{bare} is there twice, as {' and as '.join(twins)}")
     expected = {original_name(name): shape for name, shape in own.items()}
     if stored.keys() & (own.keys() - expected.keys()):
         expected = dict(own)
