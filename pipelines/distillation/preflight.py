@@ -221,7 +221,12 @@ def run_preflight(config: DistillConfig) -> Preflight:
         require_lasting_folder(config.validation.teacher_clips, "validation.teacher_clips")
     model, buckets = inspect_networks(config)
     if config.validation.every:
-        require_autoencoder(model, "preparing validations, which decode clips")
+        require_autoencoder(
+            model,
+            "preparing validations, which decode clips",
+            ". A distillation without validations (validation.every=0) needs none; a sweep "
+            "always has some",
+        )
     tokenizer = family_of(model.path).load_tokenizer(model.path)
     learns_from_data = needs_data(program_of(config))
     if learns_from_data:

@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from sgmd_core.errors import ModelFolderError
+from tests.helpers.tiny_ltx import write_tiny_ltx
 from tests.helpers.tiny_wan import write_tiny_wan, write_tiny_wan22_5b
 from workers.models import content, loading
 from workers.models.content import fingerprint, model_digests, read_content
 from workers.models.families import family_of
-from workers.models.folder import require_autoencoder
+from workers.models.folder import require_autoencoder, require_text_encoder
 from workers.models.wan import load_transformer, load_vae, save_generator_pipeline
 from workers.models.wan_folder import check_component, inspect_wan_folder
 from workers.models.wan_text import load_text
@@ -231,9 +232,11 @@ def test_a_folder_without_the_weights_of_its_autoencoder_is_told_what_needs_them
     found = inspect_wan_folder(model)
     assert (found.has_autoencoder, found.geometry) == (False, whole.geometry)
     assert found.encoder_sizes == replace(whole.encoder_sizes, autoencoder=0)
-    words = r"no weights in .*vae. Expected an autoencoder.*hf download.*validation\.every=0"
+    words = r"no weights in .*vae. Expected an autoencoder.*hf download.*another copy of the model\.$"
     with pytest.raises(ModelFolderError, match=words):
         require_autoencoder(found, "decoding")
+    with pytest.raises(ModelFolderError, match=r"copy of the model\. Or look away\.$"):
+        require_autoencoder(found, "decoding", ". Or look away")
 
 
 def test_a_folder_without_any_autoencoder_is_sized_as_the_released_model_of_its_channels(
@@ -250,6 +253,29 @@ def test_a_folder_without_any_autoencoder_is_sized_as_the_released_model_of_its_
     assert found.geometry.sampled_px == whole.geometry.sampled_px
     assert family.read_shape(folder) == shape
     assert "vae" not in model_digests(folder)
+
+
+@pytest.mark.parametrize("write", [write_tiny_wan, write_tiny_ltx])
+@pytest.mark.parametrize("name", ["vae", "text_encoder"])
+def test_a_folder_whose_index_has_null_is_completed_by_what_the_errors_say(
+    write: Callable[..., Path], name: str, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "model", WORDS)
+    family, index = family_of(folder), folder / "model_index.json"
+    entry = json.loads(index.read_text())[name]
+    weights = next((folder / name).glob("*.safetensors"))
+    kept = weights.rename(tmp_path / weights.name)
+    edit_json(index, **{name: [None, None]})
+    require = require_autoencoder if name == "vae" else require_text_encoder
+    words = f"--include '{name}/.*write what REPOSITORY's model_index.json has of {name} into"
+    with pytest.raises(ModelFolderError, match=words):
+        require(family.inspect(folder), "decoding")
+    kept.rename(weights)
+    with pytest.raises(ModelFolderError) as caught:
+        family.inspect(folder)
+    assert f'write "{name}": {json.dumps(entry)} into model_index.json' in str(caught.value)
+    edit_json(index, **{name: entry})
+    require(family.inspect(folder), "decoding")
 
 
 def test_pickles_beside_the_weights_are_not_exported(model: Path, tmp_path: Path) -> None:

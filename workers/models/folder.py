@@ -1,15 +1,19 @@
 """Records of a checked model folder: its layout, its clip sizes, its weight files."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import lcm
 from pathlib import Path
+from typing import Any
 
 from sgmd_core.errors import ModelFolderError, ShapeError
+from workers.models.configs import INDEX_FILE, read_model_json
 from workers.models.weights import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
     WeightFiles,
+    lacks_weights,
 )
 
 LatentShape = tuple[int, int, int, int]
@@ -253,8 +257,13 @@ class ModelFolder:
         return self.geometry.latent_shape(num_frames, height, width, attempted)
 
 
-def require_autoencoder(model: ModelFolder, attempted: str) -> None:
+def require_autoencoder(model: ModelFolder, attempted: str, otherwise: str = "") -> None:
     """Checks that a folder can decode latents, and encode videos.
+
+    Args:
+        model: The folder.
+        attempted: Purpose, for the error.
+        otherwise: Words on what does without one, for the error.
 
     Raises:
         ModelFolderError: The weights of its autoencoder were left out.
@@ -266,8 +275,7 @@ def require_autoencoder(model: ModelFolder, attempted: str) -> None:
             f"no weights in {model.path / name}",
             "an autoencoder, which makes clips of latents and latents of clips",
             f"Download it: hf download REPOSITORY --include '{name}/*' --local-dir {model.path}; "
-            "or link it from another copy of the model. A distillation with validation.every=0 "
-            "needs none",
+            f"or link it from another copy of the model{_to_be_named(model, [name])}{otherwise}",
         )
 
 
@@ -293,6 +301,52 @@ def require_text_encoder(model: ModelFolder, attempted: str) -> None:
             attempted,
             f"no weights in {model.path / names}",
             "a text encoder, which embeds prompts",
-            f"Download it: hf download REPOSITORY --include '{names}/*' --local-dir {model.path}. "
-            "A distillation whose texts are all stored needs none",
+            f"Download it: hf download REPOSITORY --include '{names}/*' --local-dir {model.path}"
+            + _to_be_named(model, model.layout.text_encoders)
+            + ". A distillation whose texts are all stored needs none",
         )
+
+
+def require_class(
+    folder: Path,
+    index: Mapping[str, Any],
+    name: str,
+    expected: object,
+    layout: FolderLayout,
+    remedy: str,
+) -> None:
+    """Checks what model_index.json says of a component, which is null where one is left out.
+
+    Args:
+        folder: The folder.
+        index: Content of its model_index.json.
+        name: The component.
+        expected: What its family has there.
+        layout: Layout of the family.
+        remedy: What to do where the folder is of another model.
+
+    Raises:
+        ModelFolderError: It says something else, or null of a component that has weights.
+    """
+    found = index.get(name)
+    is_null = name in layout.dispensable and _is_null(found)
+    if found == expected or (is_null and lacks_weights(folder / name)):
+        return
+    if is_null:
+        # Exports copy the index, and other programs load nothing that it does not name.
+        remedy = f'{name}/ has weights: write "{name}": {json.dumps(expected)} into {INDEX_FILE}'
+    words = f"{name} is {found}", f"{name} to be {expected}"
+    raise ModelFolderError(f"reading {folder / INDEX_FILE}", *words, remedy)
+
+
+def _to_be_named(model: ModelFolder, names: Iterable[str]) -> str:
+    """Words on the model_index.json of a folder, where it has null for what is to be added."""
+    if not (model.path / INDEX_FILE).is_file():
+        return ""
+    index = read_model_json(model.path / INDEX_FILE)
+    null = " and ".join(name for name in names if _is_null(index.get(name)))
+    return f", and write what REPOSITORY's {INDEX_FILE} has of {null} into this one" if null else ""
+
+
+def _is_null(entry: object) -> bool:
+    return entry in (None, [None, None])

@@ -34,6 +34,7 @@ from workers.models.folder import (
     ModelFolder,
     geometry_as_released,
     one_denoiser_layout,
+    require_class,
 )
 from workers.models.sampling import SamplingRules
 from workers.models.shape import ModelShape
@@ -287,12 +288,7 @@ def require_ltx_index(folder: Path) -> None:
     index = read_model_json(folder / INDEX_FILE)
     expected = {"_class_name": _PIPELINE_CLASS, **_CLASSES}
     for key, value in expected.items():
-        left_out = key in LAYOUT.dispensable and lacks_weights(folder / key)
-        if index.get(key) != value and not (left_out and index.get(key) in (None, [None, None])):
-            found = f"{key} is {index.get(key)!r}"
-            raise ModelFolderError(
-                f"reading {folder / INDEX_FILE}", found, f"{key} {value!r}", REMEDY
-            )
+        require_class(folder, index, key, value, LAYOUT, REMEDY)
 
 
 def read_ltx_component(folder: Path, component: str) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from workers.models.configs import (
     read_model_json,
     require_plain_weights,
 )
-from workers.models.folder import FolderLayout, one_denoiser_layout
+from workers.models.folder import FolderLayout, one_denoiser_layout, require_class
 from workers.models.weights import DIFFUSERS_STEM, lacks_weights
 
 TRANSFORMER, VAE, TEXT_ENCODER = "transformer", "vae", "text_encoder"
@@ -125,13 +125,7 @@ def require_wan_index(folder: Path) -> Mapping[str, Any]:
         raise _unsupported(folder, found, f"_class_name {_PIPELINE_CLASS!r}, text to video")
     classes = _CLASSES if pipeline == _PIPELINE_CLASS else _CLASSES | TRANSITION_CLASSES
     for component, expected in classes.items():
-        left_out = component in LAYOUT.dispensable and lacks_weights(folder / component)
-        if index.get(component) != expected and not (
-            left_out and index.get(component) in (None, [None, None])
-        ):
-            raise _unsupported(
-                folder, f"{component} is {index.get(component)}", f"{component} to be {expected}"
-            )
+        require_class(folder, index, component, expected, LAYOUT, REMEDY)
     tokenizer = index.get("tokenizer")
     if not (isinstance(tokenizer, list) and tokenizer[:1] == [_TOKENIZER_LIBRARY]):
         raise _unsupported(
