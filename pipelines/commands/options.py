@@ -1,7 +1,7 @@
 """Arguments that several commands share, and records of options that a command takes whole."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import wraps
 from itertools import pairwise
@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from sgmd_core.errors import ConfigError
 
 _MAY_BE_EMPTY = ("--negative-prompt",)
-_NO_PATHS = ("prompt", "negative_prompt")
+_NO_PATHS = ("prompt", "negative_prompt", "negative")
 LARGEST_SEED = 2**63 - 1
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -145,16 +145,29 @@ class RemoteCommand(PlainCommand):
 
 def _in_home(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those values that are paths in a home, with this user's written out."""
-    found = {
-        name: str(value)
-        for name, value in values.items()
-        if name not in _NO_PATHS and isinstance(value, str | PurePath) and str(value)[:1] == "~"
-    }
-    if not found:
+    given = {name: value for name, value in values.items() if name not in _NO_PATHS}
+    if not any(_is_in_home(each) for value in given.values() for each in _each(value)):
         return {}
     from pipelines.config.recipe_files import own_home
 
-    return {name: own_home(value) for name, value in found.items()}
+    def written_out(value: Any) -> Any:  # noqa: ANN401  (of any option)
+        return own_home(str(value)) if _is_in_home(value) else value
+
+    return {
+        name: [written_out(each) for each in value]
+        if isinstance(value, list | tuple)
+        else written_out(value)
+        for name, value in given.items()
+    }
+
+
+def _each(value: Any) -> Iterable[Any]:  # noqa: ANN401  (of any option)
+    """The values of an option or an argument, which may be repeatable."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _is_in_home(value: Any) -> bool:  # noqa: ANN401  (of any option)
+    return isinstance(value, str | PurePath) and str(value)[:1] == "~"
 
 
 class PlainGroup(TyperGroup):

@@ -75,3 +75,23 @@ def test_a_path_in_a_home_is_that_of_this_user_wherever_it_stands_and_words_are_
     words = ["~/set", "--cache", "~", "--output=~/clips", "--prompt", "~/ is a home"]
     assert CliRunner().invoke(app, words).exit_code == 0
     assert tuple(taken) == expected
+
+
+def test_a_repeatable_option_or_argument_has_paths_in_a_home_but_for_words():
+    taken: list[str] = []
+
+    def command(
+        runs: Annotated[list[Path], typer.Argument()],
+        lora: Annotated[list[str] | None, typer.Option()] = None,
+        negative: Annotated[list[str] | None, typer.Option()] = None,
+    ) -> None:
+        taken.extend(map(str, (*runs, *(lora or ()), *(negative or ()))))
+
+    app = typer.Typer()
+    app.command("make", cls=PlainCommand)(command)
+    words = ["~/one", "two", "--lora=~/x.safetensors@0.5", "--lora=y", "--negative=~/ is a home"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", "/home/me")
+        assert CliRunner().invoke(app, words).exit_code == 0
+    home = "/home/me"
+    assert taken == [f"{home}/one", "two", f"{home}/x.safetensors@0.5", "y", "~/ is a home"]
