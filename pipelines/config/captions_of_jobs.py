@@ -14,6 +14,7 @@ from typing import Any
 from cluster.files import write_whole
 from pipelines.config.caption_sets import DataSettings
 from pipelines.data.making.caption_file import JOB_FOLDER
+from sgmd_core.errors import ConfigError
 
 MAX_CAPTION_BYTES = 32 * 2**20
 """Size of a file of captions that goes along with a job, at most."""
@@ -26,10 +27,32 @@ def keep_captions(data: DataSettings, run: Path) -> None:
         data: Settings of the run's captions.
         run: Its folder.
     """
-    for url in dict.fromkeys([data.train, data.validation, *(each.source for each in data.also)]):
+    for url in _that_went_along(data):
         file = Path(url)
-        if _went_along(url) and file.is_file() and file.stat().st_size <= MAX_CAPTION_BYTES:
+        if file.is_file() and file.stat().st_size <= MAX_CAPTION_BYTES:
             write_whole(run / url, Path(url).read_bytes())
+
+
+def require_kept_captions(data: DataSettings, run: Path, place: str) -> None:
+    """Checks that files that went along with a job are those that its sweep has kept.
+
+    Args:
+        data: Settings of the captions, as this job has them.
+        run: The folder in which they were kept.
+        place: Path or address by which others find it.
+
+    Raises:
+        ConfigError: A file of this job has other captions than the copy of its name.
+    """
+    for url in _that_went_along(data):
+        here, kept = Path(url), run / url
+        if here.is_file() and kept.is_file() and not cmp(here, kept, shallow=False):
+            raise ConfigError(
+                f"going on in {place}",
+                f"other captions in {url} than when it began",
+                f"those that it has kept in {place}/{url}",
+                "Submit that file, or begin a new one with name=...",
+            )
 
 
 def kept_captions(data: DataSettings, run: Path, place: str) -> dict[str, Any]:
@@ -97,6 +120,11 @@ def _renamed(
             yield key, list(sets)
         else:
             yield key, value
+
+
+def _that_went_along(data: DataSettings) -> list[str]:
+    named = [data.train, data.validation, *(each.source for each in data.also)]
+    return [url for url in dict.fromkeys(named) if _went_along(url)]
 
 
 def _went_along(url: str) -> bool:

@@ -23,7 +23,11 @@ from cluster.files import store_address
 from cluster.ray.pools import Pool, bundles_of, selectors_of
 from cluster.runtime import start_ray
 from cluster.storage import write_text
-from pipelines.config.captions_of_jobs import keep_captions, kept_captions
+from pipelines.config.captions_of_jobs import (
+    keep_captions,
+    kept_captions,
+    require_kept_captions,
+)
 from pipelines.config.model_folders import model_on_this_machine
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.branching import keep_state, states_of
@@ -91,7 +95,7 @@ def sweep(
             and those under way go on from their own last checkpoint. `auto`: where it has begun.
 
     Raises:
-        SgmdError: A point does not fit, or no trial came to its end.
+        SgmdError: A point does not fit, no trial came to its end, or a job brings other captions.
         StopRequestedError: The sweep was interrupted; `resume` goes on with it.
         ClusterError: Ray does not start.
         LeaseError: Another process sweeps in the folder.
@@ -110,6 +114,8 @@ def sweep(
         folder = local_of(sweep_place(config))
         if resume == "auto":
             resume = (folder / _RECIPE).exists()
+        if resume:
+            require_kept_captions(config.data, folder, shared_place(folder))
         recipe = from_kept_start(config, folder) if resume else config
         first_iteration = checked_sweep(recipe, is_new=not resume)
         with (

@@ -5,8 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config.captions_of_jobs import keep_captions, kept_captions
+from pipelines.config.captions_of_jobs import (
+    keep_captions,
+    kept_captions,
+    require_kept_captions,
+)
 from pipelines.config.recipe import load_recipe
+from pipelines.sweeping.run import sweep
+from sgmd_core.errors import ConfigError
 
 TRAIN, HELD_OUT = "submitted/data.train/prompts.txt", "submitted/data.validation/held_out.txt"
 
@@ -62,3 +68,23 @@ def test_trials_and_the_best_recipe_of_a_sweep_name_its_copies(
         assert found.train == found.also[0].source == f"{place}/{TRAIN}"
         assert (found.validation, found.also[1].source) == ("data/held_out", "/sets/more")
         assert [one.weight for one in found.also] == [2, 1]
+
+
+def test_a_sweep_goes_on_with_the_captions_that_it_has_kept_and_refuses_others_of_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / TRAIN).parent.mkdir(parents=True)
+    (tmp_path / TRAIN).write_text("a circle\n")
+    monkeypatch.chdir(tmp_path)
+    given = ["data.validation=data/held_out", f"data.train={TRAIN}"]
+    config = load_recipe("tiny", [*given, "name=search", f"output={tmp_path / 'out'}"])
+    folder = tmp_path / "out" / "search-sweep"
+    keep_captions(config.data, folder)
+    require_kept_captions(config.data, folder, str(folder))
+    (tmp_path / TRAIN).write_text("a square\n")
+    words = f"other captions in {TRAIN} than when it began. Expected those .* {folder}/{TRAIN}"
+    with pytest.raises(ConfigError, match=words):
+        sweep(config, resume=True)
+    # Elsewhere than in a job there is nothing to compare.
+    (tmp_path / TRAIN).unlink()
+    require_kept_captions(config.data, folder, str(folder))
