@@ -232,7 +232,7 @@ def test_a_folder_without_the_weights_of_its_autoencoder_is_told_what_needs_them
     found = inspect_wan_folder(model)
     assert (found.has_autoencoder, found.geometry) == (False, whole.geometry)
     assert found.encoder_sizes == replace(whole.encoder_sizes, autoencoder=0)
-    words = r"no weights in .*vae. Expected an autoencoder.*hf download.*another copy of the model\.$"
+    words = r"no weights in .*vae. Expected an autoencoder.*download.*another copy of the model\.$"
     with pytest.raises(ModelFolderError, match=words):
         require_autoencoder(found, "decoding")
     with pytest.raises(ModelFolderError, match=r"copy of the model\. Or look away\.$"):
