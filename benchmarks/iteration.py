@@ -13,18 +13,25 @@ these processes also looks for signals a hundred times a second, whatever it doe
 while nothing is asked of them is measured and taken off in `busy_over_local`. `threads` has those
 of the main thread and of all others, process by process. On a machine with other work CPU seconds
 hold, and wall seconds do not; all processes get the priority of this one's session.
+
+Roles of several processes compute at once, and cores that compute at once share caches, memory and
+clock: the same work then takes more CPU seconds. `--beside` tells this apart from what a placement
+costs: a third kind of turn is that of one process while another one makes the same iterations, and
+stops for the other turns.
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +51,7 @@ from pipelines.run.folder import RunFolder
 from workers.text_encoder import TextEncoder
 
 TRACKING = ("shared", "fresh")
-LOCAL = "local"
+LOCAL, BESIDE, PLACED = "local", "beside", "placed"
 _POOL = "{ranks: 1, cpus: 0.5}"
 _THREE = f"topology.pools={{learn: {_POOL}, score: {_POOL}, spare: {_POOL}}}"
 PLACEMENTS = {
@@ -62,6 +69,7 @@ rank a role and pool. (Copies of the teacher in mode `pools` cut each micro-batc
 _RAYS_OWN = "Ray's "
 _CALLER = "caller"
 _IDLE_S = 5.0
+_COMPANY_READY = "ready"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +170,48 @@ class Stand:
         return Counter(self._processes.seconds_by_name())
 
 
+class Company:
+    """Another process that makes the iterations of one process, for as long as it is let.
+
+    Args:
+        recipe: The recipe.
+        settings: Its settings, with the topology of one process.
+    """
+
+    def __init__(self, recipe: str, settings: Sequence[str]) -> None:
+        command = [sys.executable, __file__, *settings, "--recipe", recipe, "--company"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        said = self._process.stdout.readline().strip()
+        assert said == _COMPANY_READY, f"the other process said {said!r}"
+        self._process.send_signal(signal.SIGSTOP)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """It makes iterations inside, and stands still outside."""
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            assert self._process.poll() is None, "the other process has ended"
+            self._process.send_signal(signal.SIGSTOP)
+
+    def end(self) -> None:
+        """Ends it."""
+        self._process.kill()
+        self._process.wait()
+
+
+def keep_company(recipe: str, settings: Sequence[str]) -> None:
+    """Makes iterations in this process until it is killed."""
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
+        stand = _open(stack, load_recipe(recipe, settings), Path(scratch) / LOCAL, None)
+        stand.run(1)
+        print(_COMPANY_READY, flush=True)
+        while True:
+            stand.run(1)
+
+
 def measure(
     recipe: str,
     overrides: Sequence[str],
@@ -169,6 +219,8 @@ def measure(
     placements: Sequence[str],
     turns: int,
     count: int,
+    *,
+    beside: bool,
 ) -> dict[str, Any]:
     """Medians for some tracking modes and placements, each beside one process."""
     found: dict[str, Any] = {}
@@ -177,30 +229,48 @@ def measure(
         found[tracking] = {}
         for name in placements:
             settings = [*shared, "topology.mode=map", *PLACEMENTS[name]]
-            found[tracking][name] = _side_by_side(recipe, shared, settings, turns, count)
+            made = _in_turns(recipe, shared, settings, turns, count, beside=beside)
+            found[tracking][name] = _summary(*made)
             print(tracking, name, json.dumps(found[tracking][name]), file=sys.stderr)
     return found
 
 
-def _side_by_side(
-    recipe: str, shared: Sequence[str], settings: Sequence[str], turns: int, count: int
-) -> dict[str, Any]:
-    """One placement and one process, a turn of each to warm up."""
+def _in_turns(
+    recipe: str,
+    shared: Sequence[str],
+    settings: Sequence[str],
+    turns: int,
+    count: int,
+    *,
+    beside: bool,
+) -> tuple[list[Mapping[str, Spent]], float]:
+    """One placement and one process, a turn of each to warm up; and see `Stand.idle_share`."""
+    alone = [*shared, "topology.mode=local"]
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
+        company = Company(recipe, alone) if beside else None
         # What is started from here on inherits the mark.
         os.environ[MARK] = mark = uuid4().hex
-        mine = _open(stack, load_recipe(recipe, settings), Path(scratch) / "mine", mark)
-        alone = load_recipe(recipe, [*shared, "topology.mode=local"])
-        local = _open(stack, alone, Path(scratch) / LOCAL, None)
-        pairs: list[tuple[Spent, Spent]] = []
-        for turn in range(1 + turns):
-            if turn % 2:
-                own, one = mine.run(count), local.run(count)
-            else:
-                one, own = local.run(count), mine.run(count)
-            assert own.losses == one.losses, "placements make the same numbers"
-            pairs += [(own, one)] if turn else []
-        return _summary(pairs, mine.idle_share())
+        placed = _open(stack, load_recipe(recipe, settings), Path(scratch) / PLACED, mark)
+        stands = {PLACED: placed}
+        for name in (LOCAL, BESIDE) if company else (LOCAL,):
+            stands[name] = _open(stack, load_recipe(recipe, alone), Path(scratch) / name, None)
+        found: list[Mapping[str, Spent]] = []
+        try:
+            for turn in range(1 + turns):
+                order = list(stands)[:: -1 if turn % 2 else 1]
+                spent: dict[str, Spent] = {}
+                for name in order:
+                    with ExitStack() as around:
+                        if company and name == BESIDE:
+                            around.enter_context(company.at_work())
+                        spent[name] = stands[name].run(count)
+                losses = [each.losses for each in spent.values()]
+                assert losses == losses[:1] * len(losses), "placements make the same numbers"
+                found += [spent] if turn else []
+        finally:
+            if company:
+                company.end()
+        return found, placed.idle_share()
 
 
 def _open(stack: ExitStack, config: DistillConfig, folder: Path, mark: str | None) -> Stand:
@@ -210,40 +280,57 @@ def _open(stack: ExitStack, config: DistillConfig, folder: Path, mark: str | Non
     return Stand(config, opened, None if mark is None else ProcessTree(mark))
 
 
-def _summary(pairs: Sequence[tuple[Spent, Spent]], idle: float) -> dict[str, Any]:
-    """Medians of both, and ratios pair by pair.
+def _summary(turns: Sequence[Mapping[str, Spent]], idle: float) -> dict[str, Any]:
+    """Medians of all, and ratios turn by turn.
 
     Args:
-        pairs: Turns of the placement and of one process.
+        turns: What the placement and one process have spent.
         idle: See `Stand.idle_share`.
     """
-    over = [own.cpu_s / one.cpu_s for own, one in pairs]
-    busy = [(own.cpu_s - idle * own.wall_s) / one.cpu_s for own, one in pairs]
-    parts = {name for own, _ in pairs for name in own.parts}
+    own = [turn[PLACED] for turn in turns]
+    parts = {name for spent in own for name in spent.parts}
     by_part = {
-        name: statistics.median(own.parts.get(name, 0.0) for own, _ in pairs) for name in parts
+        name: statistics.median(spent.parts.get(name, 0.0) for spent in own) for name in parts
     }
     threads = {
         name: [
             statistics.median(seconds)
-            for seconds in zip(*(own.threads[name] for own, _ in pairs), strict=True)
+            for seconds in zip(*(spent.threads[name] for spent in own), strict=True)
         ]
-        for name in pairs[0][0].threads
+        for name in own[0].threads
     }
-    return {
-        "cpu_s": statistics.median(own.cpu_s for own, _ in pairs),
-        "local_cpu_s": statistics.median(one.cpu_s for _, one in pairs),
-        "cpu_over_local": statistics.median(over),
-        "cpu_over_local_min": min(over),
-        "cpu_over_local_max": max(over),
-        "busy_over_local": statistics.median(busy),
+    figures = {
+        "cpu_s": statistics.median(spent.cpu_s for spent in own),
         "idle_cpu_share": idle,
-        "ray_cpu_s": statistics.median(own.ray_cpu_s for own, _ in pairs),
-        "wall_s": statistics.median(own.wall_s for own, _ in pairs),
-        "local_wall_s": statistics.median(one.wall_s for _, one in pairs),
-        "wall_over_local": statistics.median(own.wall_s / one.wall_s for own, one in pairs),
+        "ray_cpu_s": statistics.median(spent.ray_cpu_s for spent in own),
+        "wall_s": statistics.median(spent.wall_s for spent in own),
         "threads": threads,
         "cpu_s_by_process": dict(sorted(by_part.items(), key=lambda part: -part[1])),
+    }
+    for name, words in ((LOCAL, "local"), (BESIDE, "local_beside")):
+        if name in turns[0]:
+            figures |= _over([(turn[PLACED], turn[name]) for turn in turns], words, idle)
+    return figures
+
+
+def _over(pairs: Sequence[tuple[Spent, Spent]], name: str, idle: float) -> dict[str, float]:
+    """A placement over one process, pair by pair.
+
+    Args:
+        pairs: Turns of both.
+        name: Of the one process, in the figures' names.
+        idle: See `Stand.idle_share`.
+    """
+    over = [own.cpu_s / one.cpu_s for own, one in pairs]
+    busy = [(own.cpu_s - idle * own.wall_s) / one.cpu_s for own, one in pairs]
+    return {
+        f"{name}_cpu_s": statistics.median(one.cpu_s for _, one in pairs),
+        f"cpu_over_{name}": statistics.median(over),
+        f"cpu_over_{name}_min": min(over),
+        f"cpu_over_{name}_max": max(over),
+        f"busy_over_{name}": statistics.median(busy),
+        f"{name}_wall_s": statistics.median(one.wall_s for _, one in pairs),
+        f"wall_over_{name}": statistics.median(own.wall_s / one.wall_s for own, one in pairs),
     }
 
 
@@ -256,13 +343,20 @@ def main() -> None:
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=[*PLACEMENTS])
     parser.add_argument("--turns", type=int, default=7, help="counted ones of each, after one")
     parser.add_argument("--iterations", type=int, default=4, help="of a turn")
+    parser.add_argument(
+        "--beside", action="store_true", help="also one process while another makes the same"
+    )
+    parser.add_argument("--company", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="file for the JSON; standard output without")
     arguments = parser.parse_args()
+    if arguments.company:
+        keep_company(arguments.recipe, arguments.overrides)
     asked = {
         "recipe": arguments.recipe,
         "overrides": arguments.overrides,
         "turns": arguments.turns,
         "iterations": arguments.iterations,
+        "beside": arguments.beside,
     }
     found = measure(
         arguments.recipe,
@@ -271,6 +365,7 @@ def main() -> None:
         arguments.placements,
         arguments.turns,
         arguments.iterations,
+        beside=arguments.beside,
     )
     write_document("iteration", {**asked, "results": found}, arguments.output)
 
