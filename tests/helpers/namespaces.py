@@ -13,6 +13,7 @@ what comes of it is in the namespaces and, if this process was forked, begins wi
 
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -45,11 +46,13 @@ def main(interpreter: str, network: str, folder: str, disk: str, *command: str) 
     with Path("/run/netns", network).open() as namespace:
         _call("setns", namespace.fileno(), _CLONE_NEWNET)
     _call("unshare", _CLONE_NEWNS | _CLONE_NEWPID)
+    seen, held = os.pipe()
     first = os.fork()
     if first:
         _, status = os.waitpid(first, 0)
         _end_as(status)
-    _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    os.close(held)
+    end_with_parent(seen)
     # Before there is a mount of its own, or the others would see it.
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("proc", "/proc", "proc")
@@ -68,6 +71,20 @@ def main(interpreter: str, network: str, folder: str, disk: str, *command: str) 
     os.close(ends)
     _forget_own_modules()
     serve_forks(listener, str(python))
+
+
+def end_with_parent(seen: int) -> None:
+    """Ends this process when its parent ends, and now if it has ended.
+
+    Process 1 of a namespace does not see a parent outside of it: `getppid` is 0 before and after.
+
+    Args:
+        seen: Reading end of a pipe that the parent alone can write to; it is closed.
+    """
+    _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if select.select([seen], [], [], 0)[0]:
+        os._exit(1)
+    os.close(seen)
 
 
 def _call(name: str, *arguments: object) -> None:
