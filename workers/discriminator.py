@@ -78,7 +78,7 @@ class Discriminator(LearningRole):
         super().__init__()
         self._checks = checks or FiniteChecks()
         self._denoiser = network.eval().requires_grad_(False)
-        self._network = self._heads = heads
+        self._network = heads
         self._layers = tuple(layers)
         self._objective = objective
         self._term = _term_of(objective)
@@ -186,7 +186,7 @@ class Discriminator(LearningRole):
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         """Gathers the heads' gradient; returns the generator's at some leaves, and loss terms."""
         features = self._features(query, pair.made, pair.sigma)
-        taught = self._term.generator_loss(self._heads(features))
+        taught = self._term.generator_loss(self._network(features))
         # Asked for the leaves alone, autograd makes no gradient for any parameter.
         gradients = torch.autograd.grad(share * taught.value, leaves)
         made = [feature.detach() for feature in features]
@@ -226,7 +226,7 @@ class Discriminator(LearningRole):
         with torch.no_grad():
             seen = [made, *(self._features(query, state, pair.sigma) for state in states)]
         joined = [torch.cat([maps.pop(0) for maps in seen]) for _ in self._layers]
-        fake, real, *perturbed = self._heads(joined).chunk(len(seen))
+        fake, real, *perturbed = self._network(joined).chunk(len(seen))
         loss = self._term.discriminator_loss(real, fake, perturbed[0] if perturbed else None)
         return Loss(loss.value, {**loss.terms, **gaps_by_noise(real, fake, query.sigma)})
 
@@ -236,7 +236,7 @@ class Discriminator(LearningRole):
     @property
     def _inputs(self) -> list[torch.nn.Parameter] | None:
         """Ends of the heads' backward pass; of sharded heads autograd sees gathered copies."""
-        return None if is_sharded(self._heads) else self._optimizer.parameters
+        return None if is_sharded(self._network) else self._optimizer.parameters
 
 
 @dataclass(frozen=True, slots=True)
