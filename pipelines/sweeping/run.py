@@ -265,12 +265,7 @@ def _sweep(
             except KeyboardInterrupt as stop:  # Tune answers the first Ctrl-C itself.
                 stop.add_note(_GO_ON)
                 raise
-        for lost in book.keep({Path(result.path).name for result in results}):
-            events.note(
-                f"{lost.name}: began just before the sweep was killed, and Ray Tune does not know "
-                f"it; not counted, and another trial ran in its place. Its folder may be deleted: "
-                f"{lost.run_folder}"
-            )
+        book.keep({Path(result.path).name for result in results}, events.note)
     trials = book.trials
     if book.num_ended < total:
         raise StopRequestedError(

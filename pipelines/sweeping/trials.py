@@ -139,16 +139,22 @@ class TrialBook:
         """Records how a trial ended, with its error where it failed."""
         self._put(replace(self._trials[name], state=state, error=error))
 
-    def keep(self, names: Collection[str]) -> tuple[Trial, ...]:
+    def keep(self, names: Collection[str], note: Callable[[str], None]) -> None:
         """Forgets all other trials, which Tune had begun and does not know after a restore.
 
-        Returns:
-            The forgotten trials.
+        Args:
+            names: Of the trials that Tune knows.
+            note: Called with a sentence on each forgotten trial.
         """
-        forgotten = tuple(trial for name, trial in self._trials.items() if name not in names)
+        forgotten = [trial for name, trial in self._trials.items() if name not in names]
         self._trials = {name: trial for name, trial in self._trials.items() if name in names}
         self.write()
-        return forgotten
+        for lost in forgotten:
+            note(
+                f"{lost.name}: began just before the sweep was killed, and Ray Tune does not know "
+                f"it; not counted, and another trial ran in its place. Its folder may be deleted: "
+                f"{lost.run_folder}"
+            )
 
     def _put(self, trial: Trial) -> None:
         self._trials[trial.name] = trial
