@@ -6,13 +6,17 @@ knows the working copies that this process has open:
     s3://bucket/runs/x  <->  ~/.cache/sgmd/runs/x.HOST-7-1f/     local_of, shared_place
 """
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from cluster.files import store_address
 from sgmd_core.errors import ConfigError
 
-_VARIABLE = re.compile(r"(?:^|/)(\$(?:\w+|\{\w+\}))")
+# At the head of a name, and before brackets, the sign is a shell's; inside a name it may be meant.
+_SHELL = re.compile(r"(?:^|/)(\$\w+)|(\$\{[^}]*\}?|\$\([^)]*\)?)")
+_INSIDE = re.compile(r"\$([A-Za-z_]\w*)")
 _COPIES: dict[Path, str] = {}
 
 
@@ -81,8 +85,8 @@ def require_written_out(place: str | Path, attempted: str) -> None:
         ConfigError: It names a variable or the home of an unknown user, or begins with a blank.
     """
     given = str(place)
-    if variable := _VARIABLE.search(given):
-        found = f"{variable[1]}, which nothing replaces here"
+    if variable := next(_for_a_shell(given), ""):
+        found = f"{variable}, which nothing replaces here"
     elif given.startswith("~"):
         found = f"{given.partition('/')[0]}, the home of a user that this machine does not have"
     elif not given[:1].strip():
@@ -95,6 +99,12 @@ def require_written_out(place: str | Path, attempted: str) -> None:
         "a path or an address that is written out",
         'Write it out; in a command a shell replaces a variable that stands in no quotes, or in "',
     )
+
+
+def _for_a_shell(given: str) -> Iterator[str]:
+    """Parts of a place that a shell replaces."""
+    yield from (head or brackets for head, brackets in _SHELL.findall(given))
+    yield from (f"${name}" for name in _INSIDE.findall(given) if name in os.environ)
 
 
 def is_path_inside(name: str) -> bool:

@@ -47,12 +47,17 @@ def test_an_unknown_kind_of_address_is_refused():
         ("$SCRATCH/runs", r"\$SCRATCH, which nothing replaces"),
         ("/data/${USER}", r"\$\{USER\}, which nothing"),
         ("s3://bucket/$NAME", r"\$NAME, which nothing"),
+        ("runs-$SET_HERE", r"\$SET_HERE, which nothing"),
+        ("/data/x-${USER}", r"\$\{USER\}, which nothing"),
+        ("/data/x-${USER:-me}", r"\$\{USER:-me\}, which nothing"),
+        ("/data/$(whoami)/x", r"\$\(whoami\), which nothing"),
         ("~nosuch-user/runs", "~nosuch-user, the home of a user"),
         ("''", "an empty path"),
         ("' '", "begins with a blank"),
     ],
 )
-def test_a_place_that_a_shell_was_meant_to_write_out_is_refused(given: str, words: str):
+def test_a_place_that_a_shell_was_meant_to_write_out_is_refused(given, words, monkeypatch):
+    monkeypatch.setenv("SET_HERE", "1")
     with pytest.raises(ConfigError, match=words):
         run_preflight(load_recipe("tiny", [f"output={given}"]))
 
