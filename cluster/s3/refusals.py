@@ -22,6 +22,11 @@ _KEYS = (
     "Fetch new ones, with their AWS_SESSION_TOKEN, and give the command again; a run goes on with "
     "--resume",
 )
+_WORDLESS = (
+    "a request that the server takes; to one for a file's size alone it does not say why not",
+    "Check that AWS_SESSION_TOKEN has not expired, AWS_DEFAULT_REGION is the bucket's region and "
+    "this machine's clock is right",
+)
 _BUSY = (
     "a server that is not overloaded",
     "Try again later, or have fewer processes ask at once",
@@ -32,8 +37,13 @@ _BY_CODE = {
     "AuthorizationHeaderMalformed": _REGION,
     "IllegalLocationConstraintException": _REGION,
     "RequestTimeTooSkewed": _CLOCK,
+    "RequestExpired": _CLOCK,
     "ExpiredToken": _KEYS,
     "TokenRefreshRequired": _KEYS,
+    "InvalidToken": _KEYS,
+    # Answers to HEAD have no body: the SDK takes the status for a code.
+    "301": _REGION,
+    "400": _WORDLESS,
 }
 
 
