@@ -50,6 +50,15 @@ def storage_errors(attempted: str) -> Iterator[None]:
         raise kind(attempted, found, expected, remedy) from error
 
 
+def disk_remedy(error: BaseException) -> tuple[str, str] | None:
+    """Returns what was expected of a disk that takes no more and what to do; else None.
+
+    Args:
+        error: What a file system, or a library, raised.
+    """
+    return _REMEDIES.get(_code_of(error))
+
+
 @contextmanager
 def full_disk_errors(attempted: str) -> Iterator[None]:
     """Words what a library raises where a disk takes no more; any other error stays as it is.
@@ -90,7 +99,7 @@ def _is_refusal(error: Exception) -> bool:
     return _code_of(error) in _REMEDIES or any(isinstance(each, PermissionError) for each in chain)
 
 
-def _code_of(error: Exception) -> int:
+def _code_of(error: BaseException) -> int:
     """The system's number of an error, also where a library has it in its text only."""
     if isinstance(error, OSError) and error.errno:
         return error.errno

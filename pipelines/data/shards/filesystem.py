@@ -28,6 +28,7 @@ from cluster.redaction import has_user, without_secrets
 from cluster.s3.filesystem import open_s3
 from cluster.s3.refusals import refusal_remedy
 from cluster.s3.settings import S3Settings
+from cluster.storage_errors import disk_remedy
 from sgmd_core.errors import DataError
 
 _LOCAL = ("file", "local")
@@ -151,7 +152,7 @@ def data_error(attempted: str, error: BaseException) -> DataError:
     found = without_secrets(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}")
     if isinstance(error, FileNotFoundError) and error.filename:
         found = without_secrets(f"no such file or folder: {error.filename}")
-    if refused := refusal_remedy(error):
+    if refused := refusal_remedy(error) or disk_remedy(error):
         return DataError(attempted, found, *refused)
     for is_it, expected, remedy in _diagnoses(error, text):
         if is_it:
@@ -195,12 +196,6 @@ def _diagnoses(error: BaseException, text: str) -> Iterator[tuple[bool, str, str
         "a file or folder that this user may use",
         "Check its owner and its permissions",
     )
-    yield (
-        number in (errno.ENOSPC, errno.EDQUOT),
-        "room on the disk",
-        "Free some space, or choose another folder",
-    )
-    yield number == errno.EROFS, "a disk that can be written to", "It is mounted read-only"
     missing = (boto.NoCredentialsError, boto.PartialCredentialsError)
     yield (
         isinstance(error, (PermissionError, *missing)),

@@ -19,7 +19,7 @@ from cluster.s3.patience import is_busy, is_transient
 from cluster.s3.settings import S3Settings
 from cluster.storage_errors import storage_errors
 from pipelines.data.shards.filesystem import data_errors, open_folder
-from sgmd_core.errors import ConfigError, DataError
+from sgmd_core.errors import ConfigError, DataError, SgmdError
 from tests.helpers.s3_server import S3Server, serve_s3, use_server
 
 QUICK = S3Settings(max_attempts=2, connect_timeout_s=1, read_timeout_s=5)
@@ -178,6 +178,11 @@ def test_a_server_of_another_kind_has_a_remedy_of_its_own() -> None:
         ("AuthorizationHeaderMalformed", "AWS_DEFAULT_REGION"),
         ("RequestTimeTooSkewed", "Set the clock of this machine"),
         ("ExpiredToken", "Fetch new ones, with their AWS_SESSION_TOKEN"),
+        ("InvalidToken", "Fetch new ones, with their AWS_SESSION_TOKEN"),
+        ("RequestExpired", "Set the clock of this machine"),
+        # Answers to HEAD have no body, and so no code but the status.
+        ("301", "AWS_DEFAULT_REGION"),
+        ("400", "that AWS_SESSION_TOKEN has not expired, AWS_DEFAULT_REGION"),
         ("TooManyRequests", "Try again later"),
     ],
 )
@@ -196,9 +201,16 @@ def test_a_refused_request_is_told_with_what_to_do_about_it(code: str, remedy: s
     assert remedy not in str(other.value)
 
 
-def test_a_disk_that_is_mounted_read_only_is_called_so() -> None:
-    with pytest.raises(DataError, match="mounted read-only"), data_errors("writing x"):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "x")
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_that_takes_no_more_has_one_remedy_wherever_it_is_told(number: int) -> None:
+    told: list[SgmdError] = []
+    for errors in (data_errors, storage_errors):
+        with pytest.raises((DataError, StorageError)) as caught, errors("writing x"):
+            raise OSError(number, os.strerror(number), "x")
+        told.append(caught.value)
+    assert (told[0].expected, told[0].remedy) == (told[1].expected, told[1].remedy)
+    words = "mounted read-only: choose" if number == errno.EROFS else "Free space there"
+    assert words in told[0].remedy
 
 
 class Portal(BaseHTTPRequestHandler):
