@@ -187,16 +187,25 @@ def latent_maker_of(model: ModelFolder, looked: Sequence[LookedAtSet]) -> str:
     of all sets name; empty where they have none.
 
     Raises:
-        ConfigError: They name several, and there are no weights to tell which is meant.
+        ConfigError: They name several, or none, and there are no weights to tell which is meant.
     """
     if model.has_autoencoder:
         return fingerprint(model.path, (model.layout.autoencoder,))
     stored = ((one.data.encoding, one.source.url) for one in looked)
     named = {each.vae: url for each, url in stored if each is not None and each.latent_shape}
+    attempted = f"reading latents for the model {model.path}, which has no autoencoder"
+    if "" in named:
+        raise ConfigError(
+            attempted,
+            f"latents that do not name what made them, in {without_secrets(named[''])}",
+            "latents that name their autoencoder, or the autoencoder itself: nothing else tells "
+            "that a resume reads the same",
+            "Encode the set with `sgmd encode`, or download the autoencoder into the folder",
+        )
     if len(named) > 1:
         makers = (f"{maker} of {without_secrets(url)}" for maker, url in named.items())
         raise ConfigError(
-            f"reading latents for the model {model.path}, which has no autoencoder",
+            attempted,
             f"latents that name several: {', '.join(makers)}",
             "latents of one autoencoder in all sets of data.train and data.also",
             "Encode the sets with one model, or download its autoencoder into the folder",

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pipelines.cli import app
@@ -138,6 +139,9 @@ def test_latents_of_several_makers_and_a_resume_on_those_of_another_one_are_refu
     also = json.dumps([{"source": str(foreign)}])
     with pytest.raises(ConfigError, match=r"0123456789abcdef of .*foreign.*one autoencoder"):
         run_preflight(make_recipe(*given, f"data.also={also}"))
+    nameless = write_encoded(tmp_path / "nameless", wan_folder, 1, vae="")
+    with pytest.raises(ConfigError, match=r"do not name what made them, in .*nameless"):
+        run_preflight(make_recipe(*given, f"data.train={nameless}"))
     whole = make_recipe(*given, f"model.folder={wan_folder}", f"data.train={foreign}")
     with pytest.raises(ConfigError, match="latents of another autoencoder"):
         run_preflight(whole)
@@ -152,12 +156,26 @@ def test_latents_of_several_makers_and_a_resume_on_those_of_another_one_are_refu
 
 
 def test_a_teacher_without_autoencoder_teaches_and_one_with_another_does_not(
-    make_recipe: MakeRecipe, wan_folder: Path, bare: Path, tmp_path: Path, caplog
+    make_recipe: MakeRecipe,
+    data: list[Path],
+    wan_folder: Path,
+    bare: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run_preflight(make_recipe(f"teacher.model={bare}"))
     assert "the teacher's folder has no autoencoder" in caplog.text
     run_preflight(make_recipe(f"model.folder={bare}", f"teacher.model={wan_folder}"))
     assert "the generator's folder has no autoencoder" in caplog.text
+    # Latents that the generator takes on their word tell which autoencoder is its own.
+    named = (*GAN, f"data.train={data[0]}", f"model.folder={bare}")
+    run_preflight(make_recipe(*named, f"teacher.model={wan_folder}"))
+    other = shutil.copytree(wan_folder, tmp_path / "other")
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights)
+    for given in ((f"model.folder={wan_folder}",), named):
+        with pytest.raises(ConfigError, match="vae has other content in the teacher's"):
+            run_preflight(make_recipe(*given, f"teacher.model={other}"))
 
 
 def test_ltx_trains_without_one_and_a_folder_without_its_configuration_is_sized_as_released(
