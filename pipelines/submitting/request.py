@@ -20,6 +20,8 @@ RESUMED_BY: dict[str, tuple[str, ...]] = {
 }
 """Options by which a command goes on where it was; the others do by themselves."""
 
+_MOST_BYTES = 480 * 2**20
+"""Of all files together: Ray takes packages below 512 MiB, not compressed, the source tree too."""
 _LEASE_PAUSE_S = 75
 """By then the lease of a killed process on a folder in an object store has run out."""
 
@@ -77,9 +79,23 @@ class JobRequest:
         Args:
             file: The file.
             what: What it is for; the name of its folder.
+
+        Raises:
+            ConfigError: All files together do not fit into a package.
         """
         inside = str(TRAVELLING / what / Path(file.source).name)
-        return replace(self, files={**self.files, inside: file}), inside
+        files = {**self.files, inside: file}
+        total = sum(len(each.content) for each in files.values())
+        if total > _MOST_BYTES:
+            largest = max(files.values(), key=lambda each: len(each.content))
+            raise ConfigError(
+                f"sending files along with {self.command}",
+                f"the first {len(files)} have {total / 2**20:.0f} MiB together, the largest, "
+                f"{largest.source}, {len(largest.content) / 2**20:.0f}",
+                f"at most {_MOST_BYTES // 2**20} MiB in a job's package",
+                "Put them into a folder that the cluster has, or at s3://, and name them there",
+            )
+        return replace(self, files=files), inside
 
     def with_setting(self, key: str, value: str) -> "JobRequest":
         """The request with another value of a setting of its recipe."""

@@ -14,7 +14,7 @@ from pipelines.shapes import ClipSplit, write_shards
 from pipelines.submitting.checks import Preparation
 from pipelines.submitting.in_job import Attempts, resumed
 from pipelines.submitting.job import package
-from pipelines.submitting.request import JobRequest
+from pipelines.submitting.request import JobRequest, TravellingFile
 from sgmd_core.errors import ConfigError, DataError
 
 DATA = ("data.train=/there/train", "data.validation=/there/held_out")
@@ -110,6 +110,15 @@ def test_a_recipe_and_files_of_captions_go_along_wherever_they_lie(tmp_path, mon
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(DataError):
         prepare(asked("distill", "mine.yaml", *captions, "output=/mnt/runs"))
+
+
+def test_files_that_do_not_fit_into_a_package_are_refused_before_it_is_made():
+    request, content = asked("distill", "tiny"), bytes(32 * 2**20)
+    for number in range(15):
+        request, _ = request.with_file(TravellingFile("prompts.txt", content), f"also.{number}")
+    with pytest.raises(ConfigError, match=r"16 have 481 MiB.*largest, prompts.txt, 32") as caught:
+        request.with_file(TravellingFile("more.txt", content[: 2**20]), "also.15")
+    assert "at most 480 MiB" in str(caught.value)
 
 
 def test_what_only_the_cluster_has_is_left_to_the_job(tmp_path):
