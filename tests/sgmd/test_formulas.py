@@ -52,6 +52,15 @@ def test_the_page_lists_functions_that_are_public():
     assert named <= set(sgmd.__all__)
 
 
+def test_each_function_that_the_page_lists_is_called_here():
+    section = DOCS.read_text().split("## Formulas as functions")[1].split("\n## ")[0]
+    rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("|")]
+    named = {name for row in rows for name in re.findall(r"`(?:sgmd\.)?(?:\w+\.)?(\w+)`", row)}
+    assert {"few_step_grid", "guided_velocity"} <= named
+    called = set(re.findall(r"\b(\w+)\(", Path(__file__).read_text()))
+    assert named - called == {"anchor"}  # An attribute.
+
+
 @pytest.mark.parametrize("floor", [0.0, 1e-4, 0.1, 3.0])
 def test_distribution_matching_from_predictions_of_x0(floor):
     x0, noise, x0_fake, x0_teacher = (drawn(seed) for seed in range(4))
@@ -171,6 +180,39 @@ def test_guidance_norms_and_step_lists():
     assert_same(expected, 5 * u / (1 + 4 * u))
     torch.testing.assert_close(schedule.generator_grid(3), expected.float())
     assert [schedule.raw_level(float(each)) for each in expected] == [1000, 900, 333, 0]
+
+
+def test_noise_levels_of_samplers_and_scores():
+    plain = sgmd.FlowMatchSchedule(shift=5.0, score_shift=3.0)
+    u = levels(1.0, 0.75, 0.5, 0.25, 0.0)
+    for found in (plain.few_step_grid(4), plain.generator_grid(4)):
+        torch.testing.assert_close(found, (5 * u / (1 + 4 * u)).float())
+    raw = torch.tensor([0, 3, 400, 950, 999])
+    for function, u, ends in (
+        (plain.score_sigma, raw.double() / 1000, (0.02, 0.98)),
+        (plain.renoise_sigma, (raw.double() + 1) / 1000, (0.02, 1.0)),
+    ):
+        expected = (3 * u / (1 + 2 * u)).clamp(*ends)
+        torch.testing.assert_close(function(raw), expected.float())
+    renoised = sgmd.FlowMatchSchedule(score_law="renoise", score_shift=3.0)
+    expected = plain.renoise_sigma(raw).clamp_max(0.98)
+    torch.testing.assert_close(renoised.score_sigma(raw), expected)
+    window = sgmd.FlowMatchSchedule(shift=5.0, score_window="both", score_level_min=20)
+    assert window.score_levels(window.few_step_grid(4), 1) == (500, 750)
+    assert window.score_levels() == (20, 1000)
+
+
+def test_guidance_goes_from_the_negative_caption_through_the_caption():
+    def model(x_t: Tensor, sigma: Tensor, text: Tensor, /) -> Tensor:
+        return 0.5 * x_t * wide(sigma) + text.reshape(-1, 1, 1, 1, 1) * drawn(7)[:1]
+
+    x_t, sigma = drawn(0), levels(0.3, 0.9)
+    negative = torch.full((1, 1, 1), -0.5, dtype=torch.float64)
+    uncond, cond = (model(x_t, sigma, each) for each in (negative.expand(2, 1, 1), TEXT + 1))
+    for batched in (False, True):
+        found = sgmd.guided_velocity(model, x_t, sigma, TEXT + 1, negative, 3.0, batched=batched)
+        assert_same(found, uncond + 3 * (cond - uncond))
+    assert_moves({"velocity": uncond + 3 * (cond - uncond)}, {"velocity": cond}, 1e-12)
 
 
 def test_a_rollout_from_given_noise_and_levels_of_each_sample():
