@@ -21,8 +21,7 @@ def summary_words(summary: Mapping[str, Any]) -> list[RenderableType]:
     shown: list[RenderableType] = [
         f"{summary['name']}: {summary['iterations']} iterations in {duration(summary['seconds'])}, "
         f"{summary['samples_seen']} captions",
-        f"next: sgmd evaluate {folder}",
-        f"      sgmd report {folder}",
+        *_next_steps(summary),
     ]
     figures = summary["validation"]
     named = [name for name in HEADLINE_FIGURES if name in figures]
@@ -73,6 +72,17 @@ def dry_run_words(result: Mapping[str, Any]) -> list[RenderableType]:
         shown.append(Text(unknown.in_words(), style="bold red"))
     shown.append("No problem in what was checked; nothing was started.")
     return shown
+
+
+def _next_steps(summary: Mapping[str, Any]) -> Iterator[str]:
+    folder = summary["run_folder"]
+    if not (lacking := summary.get("left_out")):
+        yield f"next: sgmd evaluate {folder}"
+        yield f"      sgmd report {folder}"
+        return
+    yield f"next: sgmd report {folder}"
+    parts = " and ".join(lacking)
+    yield f"      sgmd evaluate {folder}, once {summary['generator']} has its {parts}"
 
 
 def _problems(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -302,9 +302,16 @@ class Distillation:
             "critical_path_s": self._trace.critical_path(),
             "ranking_note": self._monitor.ranking_note,
             "validation_problem": self._monitor.problem,
+            "left_out": self._left_out(),
         }
         write_json(str(self._folder.summary), summary)
         return summary
+
+    def _left_out(self) -> list[str]:
+        """Components without which the generator makes no clips of prompts, if it lacks some."""
+        model = self._checked.model
+        lacks_all = self._config.export.components == "none"
+        return [name for name in model.layout.dispensable if lacks_all or name not in model.weights]
 
     def _new_monitor(self) -> RunMonitor:
         """Monitor of the run as its folder has it now."""

@@ -78,6 +78,11 @@ def test_captions_alone_train_to_the_bits_of_the_whole_folder_and_export_a_folde
     assert [path.name for path in (folder.generator / "vae").iterdir()] == ["config.json"]
     generator = family_of(folder.generator).inspect(folder.generator)
     assert not generator.has_autoencoder
+    left_out = [
+        json.loads(RunFolder(run.run_folder).summary.read_text())["left_out"]
+        for run in (bare, whole)
+    ]
+    assert left_out == [["vae"], []]
     assert generator.geometry == family_of(wan_folder).inspect(wan_folder).geometry
     # The one folder that is missing makes it whole.
     completed = shutil.copytree(folder.generator, tmp_path / "completed")

@@ -154,3 +154,7 @@ def test_the_summary_of_a_run_is_short_with_the_next_step_on_top() -> None:
         assert max(map(len, lines)) <= columns
         assert lines[1].startswith("next: sgmd evaluate runs/demo")
         assert not any(mark in "\n".join(lines) for mark in ("{", "}", "None", "PosixPath"))
+    # An evaluation of a generator that cannot make clips would be refused.
+    lines = rendered(summary_words(summary | {"left_out": ["vae"]}), 120).splitlines()
+    assert lines[1] == "next: sgmd report runs/demo"
+    assert lines[2].strip() == "sgmd evaluate runs/demo, once runs/demo/generator has its vae"
