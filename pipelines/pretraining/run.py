@@ -149,6 +149,8 @@ def pretrain(
         ConfigError: a folder to write to cannot be written to, or is a model folder to replace in
             which other things lie.
         StorageError: an object store cannot be read, or has failed for too long.
+        KeyboardInterrupt: Ctrl-C. The workers may train on until this process leaves Ray: one that
+            stays, such as a notebook's, calls `ray.shutdown()` before it trains there again.
     """
     job = config if isinstance(config, CheckedPretrain) else checked(config)
     with working_copy(job.config.run_dir, IN_PLACE):
