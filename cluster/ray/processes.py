@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -163,6 +164,15 @@ def end_process(pid: int, since: int) -> bool:
         os.kill(pid, signal.SIGKILL)
         return True
     return False
+
+
+def end_actor(actor: ActorHandle) -> None:
+    """Ends the process of an actor at once, whatever it is at, and with it the actors that it owns.
+
+    Args:
+        actor: May have ended.
+    """
+    ray.kill(actor)
 
 
 def _kernel_state(pid: int) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ray.actor import ActorHandle
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -40,6 +41,7 @@ from cluster.files import opened_store, store_address
 from cluster.folders import folder_here, whole_folder_at
 from cluster.lease import Lease, hold_replaced
 from cluster.ray.mailbox import open_mailbox
+from cluster.ray.processes import end_actor
 from cluster.ray.topology import require_cpus
 from cluster.storage import write_json
 from pipelines.config.recovery import RecoverySettings
@@ -149,8 +151,7 @@ def pretrain(
         ConfigError: a folder to write to cannot be written to, or is a model folder to replace in
             which other things lie.
         StorageError: an object store cannot be read, or has failed for too long.
-        KeyboardInterrupt: Ctrl-C. The workers may train on until this process leaves Ray: one that
-            stays, such as a notebook's, calls `ray.shutdown()` before it trains there again.
+        KeyboardInterrupt: Ctrl-C; the workers have been ended.
     """
     job = config if isinstance(config, CheckedPretrain) else checked(config)
     with working_copy(job.config.run_dir, IN_PLACE):
@@ -357,17 +358,32 @@ def _run_stage(
         return trainer.fit()
     except WorkerGroupError as error:
         raise _own_error(error) or error from error
+    except BaseException:
+        trainer.end()
+        raise
 
 
 class _Trainer(TorchTrainer):
     """Ray's trainer, which leaves Ctrl-C to the process that runs it."""
 
-    def _register_sigint_handler(self, controller: object) -> None:
+    _controller: ActorHandle | None = None
+
+    def _register_sigint_handler(self, controller: ActorHandle) -> None:
         """Registers none: Ray's waits for its controller, and stays after the training has ended.
 
         Then a Ctrl-C while the model is written and measured, or in Ray's next stage, has no
-        effect. Without it the stop ends this process's connection, and Ray ends what hangs on it.
+        effect.
         """
+        self._controller = controller
+
+    def end(self) -> None:
+        """Ends the controller, which would train on, and with it the workers that it owns.
+
+        A process that keeps Ray, such as a notebook's, would otherwise begin its next training in
+        the same folder beside them.
+        """
+        if self._controller is not None:
+            end_actor(self._controller)
 
 
 def _own_error(error: WorkerGroupError) -> SgmdError | None:

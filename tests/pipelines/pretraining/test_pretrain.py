@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -455,6 +456,30 @@ def test_slow_steps_are_written_down_before_their_number_is_due(
 
 
 # ---------------------------------------------------------------------------------- Ray Train
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_no_worker_trains_on_after_ctrl_c_where_ray_stays(tmp_path: Path) -> None:
+    write_clips(tmp_path)
+    endless = {"base_dim": 4, "latent_channels": 4, "num_steps": 100_000, "batch_size": 2}
+    workers: list[psutil.Process] = []
+    interrupted: list[PretrainEvent] = []
+
+    def interrupt(event: PretrainEvent) -> None:
+        workers.extend(
+            psutil.Process(int(pid))
+            for pid in re.findall(r"vae starts .* process (\d+)", event.note)
+        )
+        if event.step >= 1 and not interrupted:
+            interrupted.append(event)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(micro_config(tmp_path, vae=endless), interrupt)
+    assert len(workers) == 1
+    assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 # Ray Train starts a dozen processes for each stage: minutes on two cores, more on busy ones.
