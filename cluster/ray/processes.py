@@ -38,6 +38,7 @@ NUM_LINES = 20
 FATAL = "Fatal Python error: "
 """Beginning of what Python writes to a log when a process crashes; its calls follow."""
 _LONGEST_LINE = 400
+_OWN_END_S = 20.0
 _TAIL_BYTES = 64 * 2**10
 _STACK_TIMEOUT_S = 8.0
 _BUSY_S = 1.0
@@ -166,12 +167,16 @@ def end_process(pid: int, since: int) -> bool:
     return False
 
 
-def end_actor(actor: ActorHandle) -> None:
-    """Ends the process of an actor at once, whatever it is at, and with it the actors that it owns.
+def end_actor(actor: ActorHandle, way: str) -> None:
+    """Ends an actor by a method of its own, and its process where that takes long.
+
+    Actors that it owns end with its process; what it has reserved does not.
 
     Args:
         actor: May have ended.
+        way: Name of the method.
     """
+    ray.wait([getattr(actor, way).remote()], timeout=_OWN_END_S)
     ray.kill(actor)
 
 

@@ -377,13 +377,13 @@ class _Trainer(TorchTrainer):
         self._controller = controller
 
     def end(self) -> None:
-        """Ends the controller, which would train on, and with it the workers that it owns.
+        """Ends the controller, which would train on, its workers and what it has reserved.
 
         A process that keeps Ray, such as a notebook's, would otherwise begin its next training in
         the same folder beside them.
         """
         if self._controller is not None:
-            end_actor(self._controller)
+            end_actor(self._controller, "abort")
 
 
 def _own_error(error: WorkerGroupError) -> SgmdError | None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import WanPipeline
+from ray.util.placement_group import placement_group_table
 
 from cluster.errors import InsufficientResourcesError
 from pipelines.media.inference import read_inference_settings
@@ -480,6 +481,8 @@ def test_no_worker_trains_on_after_ctrl_c_where_ray_stays(tmp_path: Path) -> Non
         pretrain(micro_config(tmp_path, vae=endless), interrupt)
     assert len(workers) == 1
     assert not psutil.wait_procs(workers, timeout=20)[1]
+    reserved = [each["state"] for each in placement_group_table().values()]
+    assert set(reserved) <= {"REMOVED"}, "the next call finds all CPUs"
 
 
 # Ray Train starts a dozen processes for each stage: minutes on two cores, more on busy ones.
