@@ -459,6 +459,7 @@ def test_slow_steps_are_written_down_before_their_number_is_due(
 # ---------------------------------------------------------------------------------- Ray Train
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
@@ -477,8 +478,13 @@ def test_no_worker_trains_on_after_ctrl_c_where_ray_stays(tmp_path: Path) -> Non
             interrupted.append(event)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(micro_config(tmp_path, vae=endless), interrupt)
+    # Processes of pytest-xdist ignore Ctrl-C.
+    answer = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(micro_config(tmp_path, vae=endless), interrupt)
+    finally:
+        signal.signal(signal.SIGINT, answer)
     assert len(workers) == 1
     assert not psutil.wait_procs(workers, timeout=20)[1]
     reserved = [each["state"] for each in placement_group_table().values()]
