@@ -30,6 +30,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.s3.filesystem.RUNS", patience)
 
 
+@pytest.mark.slow
 def test_a_busy_server_costs_no_save_and_no_bit(
     through: Callable[..., ProxyBook], server: S3Server
 ) -> None:
@@ -69,6 +70,7 @@ def test_the_teachers_clips_of_another_run_are_read_back(through: Callable[..., 
     ],
     ids=["write", "read", "list", "save", "load", "lease"],
 )
+@pytest.mark.slow
 def test_a_server_that_never_answers_ends_in_an_error_within_the_budget(
     through: Callable[..., ProxyBook], work: Callable[[], object], error: type[Exception]
 ) -> None:

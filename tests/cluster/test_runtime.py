@@ -288,6 +288,7 @@ except RayStartError as error:
 
 
 @pytest.mark.parametrize(("late", "told"), [(1, "started 2"), (2, "refused 2")])
+@pytest.mark.slow
 def test_a_start_that_comes_too_late_is_tried_once_more(tmp_path, late, told):
     result = _run(STARTS_LATE, str(late), home=tmp_path)
     assert result.stdout.strip() == told, result.stderr

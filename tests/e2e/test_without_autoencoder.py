@@ -120,6 +120,7 @@ def test_whatever_decodes_or_encodes_says_which_download_completes_the_folder(
 
 
 @pytest.mark.parametrize(("first", "then"), [("whole", "bare"), ("bare", "whole")])
+@pytest.mark.slow
 def test_a_run_on_latents_goes_on_with_a_folder_that_lost_or_found_its_autoencoder(
     first: str, then: str, make_recipe: MakeRecipe, data: list[Path], wan_folder: Path, bare: Path
 ) -> None:

@@ -65,6 +65,7 @@ def stored(sets: Path, *overrides: str) -> tuple[str, ...]:
     return (*both, "iterations=2", "validation.every=2", *overrides)
 
 
+@pytest.mark.slow
 def test_a_run_makes_the_bits_of_the_whole_folder_and_says_whose_word_it_took(
     make_recipe: MakeRecipe, sets: Path, bare: Path, wan_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_run_makes_the_bits_of_the_whole_folder_and_says_whose_word_it_took(
     assert "no weights in" in " ".join(said_no.stderr.split())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_a_folder_that_was_completed_since_and_the_reverse(
     make_recipe: MakeRecipe, sets: Path, bare: Path, wan_folder: Path, tmp_path: Path
 ) -> None:

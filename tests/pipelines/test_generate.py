@@ -87,6 +87,7 @@ class TestFiles:
         shown = decode_video(clip.paths[0].read_bytes())[:, 4::8, 4::8].astype(float)
         assert np.abs(shown - clip.frames).mean() < 10
 
+    @pytest.mark.slow
     def test_the_gif_loops_over_every_frame(self, model, tmp_path):
         (clip,) = generate(model, [PROMPT], output=tmp_path, formats=["gif"], zoom=2)
         with Image.open(clip.paths[0]) as gif:

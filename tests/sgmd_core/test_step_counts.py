@@ -76,6 +76,7 @@ def errors(
     return found
 
 
+@pytest.mark.slow
 def test_rollouts_of_random_length_teach_step_counts_that_the_fixed_grid_does_not() -> None:
     """Without the loss off the trajectory, so the schedule of `tiny-cdm` is all that differs."""
     config = load_recipe("tiny-cdm", ["objective.off_trajectory=0.0"])

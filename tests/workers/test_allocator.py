@@ -62,6 +62,7 @@ print(faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other limits")
+@pytest.mark.slow
 def test_large_blocks_come_from_memory_that_is_kept() -> None:
     made = subprocess.run(
         [sys.executable, "-c", _BLOCKS], capture_output=True, text=True, check=True, timeout=60

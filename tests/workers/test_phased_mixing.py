@@ -46,6 +46,7 @@ def copied(roles: Roles, role: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("order", ["sequential", "alternate"])
+@pytest.mark.slow
 def test_only_the_expert_that_the_iteration_has_trained_is_mixed_in(order: PhaseOrder) -> None:
     roles = phased_roles(order)
     for iteration, trained in enumerate(["high.", "low."]):

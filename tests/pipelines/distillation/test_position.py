@@ -192,6 +192,7 @@ def test_a_run_of_an_older_version_goes_on_under_the_settings_that_came_later(
     assert "model and data were not compared" in line
 
 
+@pytest.mark.slow
 def test_other_embeddings_of_the_prompts_are_refused_wherever_they_come_from(
     model, data, tmp_path
 ) -> None:

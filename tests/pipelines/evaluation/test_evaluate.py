@@ -110,6 +110,7 @@ def run_evaluation(place: Path, output: Path, cache: Path | None = None, **chang
     )
 
 
+@pytest.mark.slow
 def test_fewer_clips_side_by_side_than_asked_for_are_told_and_recorded(place, evaluation, caplog):
     assert evaluation.batch_size == OPTIONS.batch_size
     subject = family_of(place / "generator").read_shape(place / "generator")
@@ -326,6 +327,7 @@ class TestFiles:
         figures = [row.model_dump(exclude=timed) for row in again.rows]
         assert figures == [row.model_dump(exclude=timed) for row in evaluation.rows]
 
+    @pytest.mark.slow
     def test_only_one_model_is_in_memory_at_a_time(self, place, tmp_path, monkeypatch):
         alive: dict[str, int] = {}
         models: WeakSet[Evaluator] = WeakSet()

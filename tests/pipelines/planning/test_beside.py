@@ -188,6 +188,7 @@ def test_a_shipped_recipe_fits_the_gpus_that_it_names_with_text_encoder_and_vali
     assert max(needed.values()) < hardware.usable_bytes, needed
 
 
+@pytest.mark.slow
 def test_one_expert_alone_takes_its_part_and_a_validator_both():
     def work(*settings):
         return Workload.of(load_recipe("wan22-a14b", settings), "a14b")
@@ -215,6 +216,7 @@ def test_one_expert_alone_takes_its_part_and_a_validator_both():
     assert told[0]["memory_beside_gb"] == told[1]["memory_beside_gb"]
 
 
+@pytest.mark.slow
 def test_a_refusal_of_memory_names_the_size_that_it_is_counted_at():
     sizes = "{num_frames: 81, height: 480, width: 832}, {num_frames: 33, height: 832, width: 480}"
     options = ("--model", "14b", "--gpus", 2, "--gpu-memory", 24, "validation.every=0")

@@ -101,6 +101,7 @@ class TestSeveralSizes:
         frames = (3 * 9 + 21 + 4 * 9) / 8
         assert sent[rollout] - text == pytest.approx((largest[rollout] - text) * frames / 21)
 
+    @pytest.mark.slow
     def test_a_recipe_is_planned_at_its_largest_bucket_and_says_so(self):
         sizes = (
             "[{num_frames: 33, height: 832, width: 480, weight: 3}, "
@@ -1209,6 +1210,7 @@ def test_the_page_on_memory_says_what_the_planner_finds():
             assert (best.name, f"{best.iteration_s:.0f}") == (layout, seconds)
 
 
+@pytest.mark.slow
 def test_the_walk_back_is_chosen_and_told_by_what_the_layouts_take():
     asked = ["plan", "wan21-1.3b", "--model", "1.3b", "--gpus", 8, "validation.every=0", "--json"]
     told, fitted = (json.loads(sgmd(*asked, *more).output) for more in ([], ["--fit"]))

@@ -78,6 +78,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("words", BAD)
+@pytest.mark.slow
 def test_prompts_that_no_encode_wrote_are_refused_before_they_take_memory(tmp_path, words):
     texts, embeds = (pa.array(values) for values in BAD[words]())
     write_table(tmp_path, texts, embeds, compression="zstd", write_statistics=False)
@@ -144,6 +145,7 @@ def test_prompts_may_lie_with_any_set_whose_captions_all_have_embeddings(tmp_pat
     assert not lacks_prompts_alone(config)
 
 
+@pytest.mark.slow
 def test_a_plan_warns_of_sets_at_addresses_that_it_does_not_look_at(tmp_path):
     options = ("--model", "1.3b", "--gpus", 17, "--gpu-memory", 14, "--fit", "--json")
     settings = ("topology.text.gpus=1", "validation.every=0")

@@ -140,6 +140,7 @@ def test_one_object_that_is_refused_is_one_rejected_clip(
     assert book.troubles[Trouble.DENIED] >= 1
 
 
+@pytest.mark.slow
 def test_one_object_that_is_never_answered_is_one_rejected_clip_within_its_budget(
     through: Callable[..., ProxyBook], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

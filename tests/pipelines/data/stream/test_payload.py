@@ -161,6 +161,7 @@ def write_odd_set(folder: Path, *odd: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("readers", [0, pytest.param(1, marks=pytest.mark.ray)])
+@pytest.mark.slow
 def test_a_decoder_that_hangs_costs_its_clip_and_not_the_run(
     tmp_path: Path, readers: int, request: pytest.FixtureRequest
 ) -> None:

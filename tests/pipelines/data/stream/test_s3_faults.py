@@ -132,6 +132,7 @@ def test_a_server_that_is_gone_stops_the_run_and_quarantines_nothing(
 
 
 @pytest.mark.parametrize("trouble", [Trouble.INTERNAL, Trouble.STALL])
+@pytest.mark.slow
 def test_one_object_that_is_not_served_is_a_fault_within_its_budget(
     through: Callable[..., ProxyBook], trouble: Trouble
 ) -> None:
@@ -179,6 +180,7 @@ def test_files_that_we_write_beside_the_data_do_not_show_that_the_data_is_served
         fetch(filesystem, [Range(f"{root}/part-000.parquet", 0, 50)], quick)
 
 
+@pytest.mark.slow
 def test_an_index_whose_answer_breaks_off_is_asked_for_again(
     through: Callable[..., ProxyBook],
 ) -> None:
