@@ -75,8 +75,8 @@ test: $(READY)  ## Run all tests that need no GPU, Ray clusters and slow ones in
 test-failed: $(READY)  ## Run the tests again that failed last, one at a time
 	$(BIN)/python -m pytest $(SHAPES) --last-failed --last-failed-no-failures=none -m "not gpu" $(PYTEST_FLAGS)
 
-# What starts no Ray waits for nothing, and a process more reads all tests once more.
-test-quick: TEST_JOBS = $(shell nproc 2>/dev/null || echo 2)
+# What starts no Ray waits less, and each process reads all tests once.
+test-quick: TEST_JOBS = $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 test-quick: $(READY)  ## Run the tests that start no Ray and take less than about a second
 	$(BIN)/python -m pytest $(SHAPES) $(JOBS) -m "not gpu and not ray and not slow" $(PYTEST_FLAGS)
 

@@ -48,6 +48,7 @@ def test_a_busy_server_costs_no_save_and_no_bit(
     assert all(book.troubles.get(trouble, 0) >= 2 for trouble in BUSY), book.troubles
 
 
+@pytest.mark.slow
 def test_the_teachers_clips_of_another_run_are_read_back(through: Callable[..., ProxyBook]) -> None:
     through(every(3, *BUSY))
     sample = CountingSampler()

@@ -51,6 +51,7 @@ def test_a_generator_goes_on_from_a_checkpoint_of_another_run_under_the_old_teac
     assert record["losses"]["fisher"] < 1e-6
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_teacher_is_distilled_as_its_tools_left_it(
     make_recipe: MakeRecipe, wan_folder: Path, tmp_path: Path
 ) -> None:

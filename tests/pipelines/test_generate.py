@@ -131,6 +131,7 @@ class TestFiles:
         assert text.startswith("1 of the 2 captions read have words")
         assert "'zebra'" in text
 
+    @pytest.mark.slow
     def test_the_command_takes_a_file_of_prompts_and_a_number_of_clips(self, model, tmp_path):
         (tmp_path / "prompts.csv").write_text('prompt\na red circle\n"red, left"\n')
         arguments = ["--prompts", "prompts.csv", "--num-clips", "2", "--seed", "7"]

@@ -60,6 +60,7 @@ def test_a_network_that_is_timed_computes_as_its_role_does(model):
     assert next(denoiser.parameters()).is_cuda == torch.cuda.is_available()
 
 
+@pytest.mark.slow
 def test_a_validator_in_bfloat16_samples_what_the_export_in_bfloat16_does(model, tmp_path):
     threads, schedule = torch.get_num_threads(), FlowMatchSchedule()
     clips: dict[str, Tensor] = {}

@@ -62,6 +62,7 @@ def averaged(squares: list[Tensor], rounds: bool) -> Tensor:
     return kept if rounds else decode_moments(codes)
 
 
+@pytest.mark.slow
 def test_averages_decay_and_rise_as_in_32_bits():
     """Rounded to the nearest code they would be stuck: that is what the odds are for."""
     stream = torch.Generator().manual_seed(2)

@@ -169,6 +169,7 @@ def test_where_nothing_is_left_to_clean_a_signal_ends_the_process_at_once(
     ],
     ids=["usual", "no output", "no streams", "a reader that has enough", "a full disk"],
 )
+@pytest.mark.slow
 def test_a_command_ends_by_its_own_code_and_runs_what_is_registered(
     streams: str, code: int, said: str, tmp_path: Path
 ):

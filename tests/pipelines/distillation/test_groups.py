@@ -119,6 +119,7 @@ def test_measured_seconds_are_those_of_every_stage_or_refused(given: str, words:
         stage_seconds(load_recipe("tiny", [f"topology.stage_seconds={given}"]))
 
 
+@pytest.mark.slow
 def test_measured_seconds_take_the_place_of_counted_passes():
     counted = stage_seconds(load_recipe("tiny"))
     given = {".".join(name): 2 * units for name, units in counted.items()}

@@ -62,6 +62,7 @@ def test_released_encoders_have_the_parameters_of_their_configurations():
     }
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_weights_of_text_encoder_and_validator():
     options = ("--model", "1.3b", "--gpus", 10, "--json", "topology.text.gpus=0.25")
     told = json.loads(sgmd("plan", "wan21-1.3b", *options).stdout)

@@ -203,6 +203,7 @@ def pods(spec: dict) -> list[Machine]:
 
 @pytest.mark.parametrize("kind", ["kuberay", "raycluster"])
 @pytest.mark.parametrize("limit", [8, 2])
+@pytest.mark.slow
 def test_each_kind_of_gpu_is_a_group_of_machines_that_all_of_its_pools_fit(kind, limit):
     config, plan = planned_kinds(*MIXED)
     details = [NODES, f"gpus-per-machine={limit}"]
@@ -302,6 +303,7 @@ def test_a_manifest_of_several_kinds_says_what_it_lacks(kind, details, words):
         emit_manifest(kind, config, plan, details, "sgmd plan")
 
 
+@pytest.mark.slow
 def test_what_is_beside_the_roles_must_fit_the_kind_that_the_head_takes():
     asked = partial(
         Request,

@@ -63,6 +63,7 @@ def test_work_that_is_insisted_on_is_given_up_in_the_end(publisher):
         publisher.insist("exporting", never)
 
 
+@pytest.mark.slow
 def test_a_success_of_the_work_ends_the_time_for_which_it_is_borne(publisher):
     for _ in range(2):
         publisher.tolerate(FAILURE, "saving")

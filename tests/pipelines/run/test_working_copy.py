@@ -94,6 +94,7 @@ def test_a_key_that_is_no_path_inside_is_known(name):
     assert is_path_inside("a/b..c/d e")
 
 
+@pytest.mark.slow
 def test_keys_that_lead_out_of_the_folder_are_left_and_told(tmp_path, monkeypatch, caplog):
     outside = tmp_path / "outside" / "owned"
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -121,6 +121,7 @@ OWN_SETTINGS = {
         ("meanflow", "fresh"),
     ],
 )
+@pytest.mark.slow
 def test_a_member_of_a_stack_is_the_same_as_alone(method: str, tracking: str):
     updates = {"fake_updates": 1 if tracking == "shared" else 2}
     objective = {"method": method, **updates, **OWN_SETTINGS.get(method, {})}

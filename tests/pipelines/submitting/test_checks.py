@@ -134,6 +134,7 @@ def test_what_only_the_cluster_has_is_left_to_the_job(tmp_path):
     assert preparation.left["held-out"].startswith("/there/held_out")
 
 
+@pytest.mark.slow
 def test_data_behind_keys_that_this_machine_lacks_are_left_to_the_job(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")

@@ -42,6 +42,7 @@ def test_a_folder_that_a_lost_process_holds_is_waited_for(monkeypatch: pytest.Mo
     assert done == ["work"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_has_waited_decides_by_what_the_holder_has_left(
     shapes_recipe: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):
