@@ -129,6 +129,12 @@ def resume_position(
             return found
         if not fault.startswith(f"no {MANIFEST}"):
             broken[step] = fault or f"{MANIFEST} does not say where the run stood"
+    _require_nothing_lost(broken, folder)
+    return Position()
+
+
+def _require_nothing_lost(broken: Mapping[int, str], folder: RunFolder) -> None:
+    """Raises where the run has had checkpoints of which none is there and whole."""
     if broken:
         raise CheckpointError(
             f"resuming {folder}",
@@ -145,7 +151,6 @@ def resume_position(
             "Bring them back. Or start a new run under another name, from the weights of this one "
             f"if you like: model.folder={folder}/generator",
         )
-    return Position()
 
 
 def warn_of_gaps(folder: RunFolder, iteration: int, say: Callable[[str], None]) -> None:

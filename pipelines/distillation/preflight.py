@@ -220,13 +220,7 @@ def run_preflight(config: DistillConfig) -> Preflight:
     if config.validation.teacher_clips:
         require_lasting_folder(config.validation.teacher_clips, "validation.teacher_clips")
     model, buckets = inspect_networks(config)
-    if config.validation.every:
-        require_autoencoder(
-            model,
-            "preparing validations, which decode clips",
-            ". A distillation without validations (validation.every=0) needs none; a sweep "
-            "always has some",
-        )
+    _require_decoder(config, model)
     tokenizer = family_of(model.path).load_tokenizer(model.path)
     learns_from_data = needs_data(program_of(config))
     if learns_from_data:
@@ -274,6 +268,17 @@ def run_preflight(config: DistillConfig) -> Preflight:
         texts=texts,
         latents_named=latents_named,
     )
+
+
+def _require_decoder(config: DistillConfig, model: ModelFolder) -> None:
+    """Checks that validations, where there are some, can decode their clips."""
+    if config.validation.every:
+        require_autoencoder(
+            model,
+            "preparing validations, which decode clips",
+            ". A distillation without validations (validation.every=0) needs none; a sweep "
+            "always has some",
+        )
 
 
 def _shares(config: DistillConfig) -> dict[str, float]:
