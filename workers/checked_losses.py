@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sgmd_core.errors import non_finite_remedy
 from sgmd_core.types import Loss, NoisedBatch
-from workers.finite import FiniteChecks, micro_batch_in_words
+from workers.finite import FiniteChecks
 
 VELOCITY_FAKE, VELOCITY_TEACHER = "the fake score's velocity", "the teacher's velocity"
 
@@ -44,7 +44,7 @@ def checked_losses(
     checked = checks.checked(
         value,
         query.key,
-        f"computing losses on the fake score in {micro_batch_in_words(query.key)}",
+        "computing losses on the fake score",
         {**query.numbers, **predictions},
         non_finite_remedy(query.generator_version, remedy),
         numbers,

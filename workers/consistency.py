@@ -26,7 +26,6 @@ from sgmd_core.types import (
     TextBatch,
     per_sample,
 )
-from workers.finite import micro_batch_in_words
 from workers.models.family import Denoiser
 from workers.placement import device_of, query_on, text_on
 from workers.reports import ConsistencyReport
@@ -140,7 +139,7 @@ class ConsistencyLearner(LearningRole):
         return self._checks.checked(
             value,
             key,
-            f"{attempted} on the generator in {micro_batch_in_words(key)}",
+            f"{attempted} on the generator",
             numbers,
             remedy or non_finite_remedy(key.iteration, "generator.optimizer.lr"),
             stages_before=stages_before,

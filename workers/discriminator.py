@@ -38,7 +38,7 @@ from sgmd_core.types import (
     detached,
 )
 from workers.discriminator_heads import DiscriminatorHeads
-from workers.finite import Diagnosis, FiniteChecks, broken_weight, micro_batch_in_words
+from workers.finite import Diagnosis, FiniteChecks, broken_weight
 from workers.models.family import Denoiser
 from workers.models.features import features_of
 from workers.network_settings import OptimizerSettings
@@ -204,7 +204,7 @@ class Discriminator(LearningRole):
         checked = self._checks.checked(
             torch.stack([own.value, torch.ones_like(own.value)]),
             query.key,
-            f"comparing on the discriminator in {micro_batch_in_words(query.key)}",
+            "comparing on the discriminator",
             {**query.numbers, **handed},
             non_finite_remedy(query.key.iteration, "discriminator.optimizer.lr"),
             {**metrics, **norms},

@@ -53,7 +53,7 @@ from sgmd_core.types import (
 from workers.adapters import make_trainable
 from workers.checked_losses import VELOCITY_FAKE, VELOCITY_TEACHER, checked_losses
 from workers.extra_updates import ExtraUpdates
-from workers.finite import FiniteChecks, micro_batch_in_words
+from workers.finite import FiniteChecks
 from workers.kept_forwards import KeptForward, KeptForwards
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
@@ -196,7 +196,7 @@ class FakeScoreTracker(ExtraUpdates):
         checked = self._checks.checked(
             velocity.detach(),
             query.key,
-            f"predicting on the fake score in {micro_batch_in_words(query.key)}",
+            "predicting on the fake score",
             {**query.numbers, VELOCITY_FAKE: velocity},
             non_finite_remedy(query.generator_version, "fake_score.optimizer.lr"),
             stages_before=1,
@@ -234,7 +234,7 @@ class FakeScoreTracker(ExtraUpdates):
         grad = self._checks.checked(
             grad,
             signal.key,
-            f"carrying a signal through the fake score in {micro_batch_in_words(signal.key)}",
+            "carrying a signal through the fake score",
             {**handed, "the gradient through the fake score": grad},
             non_finite_remedy(signal.generator_version, "fake_score.optimizer.lr"),
             stages_before=3,

@@ -23,11 +23,6 @@ UNCHANGED = "No weight was updated from this micro-batch"
 """State of a role that has refused a micro-batch, in words."""
 
 
-def micro_batch_in_words(key: MicroBatchKey) -> str:
-    """The micro-batch, for messages."""
-    return f"iteration {key.iteration}, micro-batch {key.micro_batch} ({key.purpose})"
-
-
 @dataclass(frozen=True, slots=True)
 class NumericalFault:
     """First number of an iteration that a role found not to be finite.
@@ -94,7 +89,7 @@ class FiniteChecks:
 
         Args:
             value: Result that others learn from.
-            key: Micro-batch of the call.
+            key: Micro-batch of the call, which the error names after `attempted`.
             attempted: As in `require_finite`, as all that follow.
             sources: See there.
             remedy: See there.
@@ -104,8 +99,9 @@ class FiniteChecks:
         Raises:
             NonFiniteError: Something is not finite, and this role raises.
         """
+        place = f"iteration {key.iteration}, micro-batch {key.micro_batch} ({key.purpose})"
         try:
-            require_finite(attempted, sources, remedy, figures)
+            require_finite(f"{attempted} in {place}", sources, remedy, figures)
         except NonFiniteError as error:
             if self._raises:
                 raise

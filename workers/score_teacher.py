@@ -7,13 +7,12 @@ pullback(query, signal)   the part of the generator's gradient that goes through
 anchor(start)             guided steps from the generator's initial noise, for the diversity loss
 """
 
-from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sgmd_core.errors import StaleCallError
 from sgmd_core.objectives.diversity import anchor_velocity
@@ -24,18 +23,18 @@ from sgmd_core.types import (
     GeneratorSignal,
     GuideAnswer,
     Latents,
-    MicroBatchKey,
     NoisedBatch,
     TeacherPrediction,
     Text,
     detached,
 )
 from sgmd_core.velocity import guided_velocities, guided_velocity
-from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
+from workers.finite import Diagnosis, FiniteChecks
 from workers.placement import device_of, query_on
 from workers.settings import TeacherSettings
 
 _NEGATIVE = "the negative prompt's embedding"
+_REMEDY = "look for what is broken first: the data, the generator, or the teacher's own weights"
 
 
 class ScoreTeacher:
@@ -92,7 +91,9 @@ class ScoreTeacher:
         if off is not None:
             made["the teacher's velocity off the path"] = off
         numbers = {**query.numbers, **made}
-        velocity = self._checked(velocity, "denoising on the teacher", query.key, numbers)
+        velocity = self._checks.checked(
+            velocity, query.key, "denoising on the teacher", numbers, _REMEDY, stages_before=1
+        )
         return TeacherPrediction(key=query.key, velocity=velocity, guide=guide, off=off)
 
     def denoise_data(self, query: NoisedBatch, negative: Text) -> TeacherPrediction:
@@ -139,12 +140,13 @@ class ScoreTeacher:
             "the fake score's gradient at x0": signal.grad_x0,
             "the fake score's gradient at the teacher's velocity": signal.teacher_cotangent,
         }
-        grad = self._checked(
+        grad = self._checks.checked(
             grad,
-            "carrying a signal through the teacher",
             query.key,
+            "carrying a signal through the teacher",
             {**query.numbers, **handed, "the gradient through the teacher": grad},
-            3,
+            _REMEDY,
+            stages_before=3,
         )
         return replace(signal, grad_x0=signal.grad_x0.to(device) + grad, teacher_cotangent=None)
 
@@ -179,7 +181,9 @@ class ScoreTeacher:
         velocity = anchor_velocity(noise, anchor, float(start.grid[-1]))
         handed = {**start.numbers, _NEGATIVE: negative}
         numbers = {**handed, "the teacher's path": velocity}
-        velocity = self._checked(velocity, "following the teacher's path", start.key, numbers)
+        velocity = self._checks.checked(
+            velocity, start.key, "following the teacher's path", numbers, _REMEDY, stages_before=1
+        )
         return DiversityTarget(start.key, velocity)
 
     def diagnose(self, iteration: int) -> Diagnosis:
@@ -214,21 +218,4 @@ class ScoreTeacher:
             self._settings.guidance_scale,
             batched=self._settings.batched_guidance,
             norm=self._settings.cfg_norm,
-        )
-
-    def _checked(
-        self,
-        value: Tensor,
-        attempted: str,
-        key: MicroBatchKey,
-        numbers: Mapping[str, Tensor],
-        stages_before: int = 1,
-    ) -> Tensor:
-        return self._checks.checked(
-            value,
-            key,
-            f"{attempted} in {micro_batch_in_words(key)}",
-            numbers,
-            "look for what is broken first: the data, the generator, or the teacher's own weights",
-            stages_before=stages_before,
         )

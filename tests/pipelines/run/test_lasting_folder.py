@@ -63,7 +63,10 @@ def test_a_place_that_a_shell_was_meant_to_write_out_is_refused(given, words, mo
 
 
 def test_names_with_such_signs_inside_are_names(tmp_path):
-    require_lasting_folder(tmp_path / "a$b" / "c~d e", "output")
+    named = tmp_path / "a$b" / "c~d e"
+    output = load_recipe("tiny", [f"output={named}"]).output
+    require_lasting_folder(output, "output")
+    assert output == str(named), "nothing in it is replaced"
 
 
 def test_the_package_folder_of_a_job_is_refused(tmp_path, monkeypatch):
