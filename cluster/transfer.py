@@ -10,12 +10,17 @@ contiguous. numpy has no bfloat16, so such a tensor travels as the uint16 array 
 A record arrives by calling its class with its fields, so checks in its `__post_init__` hold on both
 sides. Tensors arrive on the CPU; the receiver moves them to its device.
 
+A value with few bytes of arrays is pickled here, as bytes, which Ray passes on as they are: its own
+pickler runs in Python and costs several times as much. Larger ones are left to it, so that they are
+not copied.
+
 A record may name tensors that can travel narrower than they are, each under a kind; a group is told
 which kinds do. Such a tensor is rounded to bfloat16, which halves a float32 one, and arrives in its
 own dtype again: with 8 bits of precision, off by 2^-8 of each value at most. Everything else, and
 every tensor outside of such records, keeps its bits.
 """
 
+import pickle
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
@@ -34,6 +39,11 @@ from cluster.errors import TransferError
 _PLAIN = (type(None), int, float, complex, str, bytes, Enum, PurePath, np.generic, np.ndarray)
 _WITHOUT_PARTS = frozenset((type(None), bool, int, float, complex, str, bytes))
 """The usual types of leaves, found without asking for each class that a value might belong to."""
+
+# Ray sends results of up to 100 KiB with the answer, and puts larger ones into the object store.
+_MOST_PACKED_BYTES = 96 * 1024
+# Of a program that is run as a script: other processes do not have its classes by name.
+_SCRIPT = b"__main__"
 
 
 @runtime_checkable
@@ -145,6 +155,31 @@ def from_wire(wire: object) -> Any:  # noqa: ANN401 - mirrors its input
     if isinstance(wire, dict):
         return {key: from_wire(item) for key, item in wire.items()}
     return wire
+
+
+def pack(wire: object) -> object:
+    """A small wire value as the bytes of its pickle; any other one as it is.
+
+    Args:
+        wire: What `to_wire` has made, or plain records.
+
+    Returns:
+        Bytes, never without a pickle in them; or the value itself, if it has many bytes of arrays,
+        or something that pickle cannot name for another process.
+    """
+    if array_bytes(wire) > _MOST_PACKED_BYTES:
+        return wire
+    try:
+        packed = pickle.dumps(wire, pickle.HIGHEST_PROTOCOL)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        # Such as a class within a function, which Ray sends along.
+        return wire
+    return wire if _SCRIPT in packed else packed
+
+
+def unpack(sent: object) -> Any:  # noqa: ANN401 - mirrors what was packed
+    """The value that `pack` was given; `sent` is of this run's own processes."""
+    return pickle.loads(sent) if type(sent) is bytes else sent
 
 
 def array_in(value: object, where: str = "result") -> str | None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from cluster.transfer import pack
+
 if TYPE_CHECKING:
     from cluster.ray.host import CallSpec
     from cluster.ray.hosts import Hosts
@@ -84,7 +86,7 @@ class HostBatch:
         """Makes all calls as one."""
         run: Any = self._hosts.actors[self._index].run_batch
         run = run.options(num_returns=1 + len(self._apart)) if self._apart else run
-        made = run.remote(tuple(self._specs), *self._sent)
+        made = run.remote(pack(tuple(self._specs)), *self._sent)
         answers = [self._answer, *self._apart]
         references = made if self._apart else [made]
         for answer, reference in zip(answers, references, strict=True):

@@ -34,7 +34,7 @@ from cluster.ray.host import ArgLayout, CallSpec, LocalRef, SplitArgument
 from cluster.ray.hosts import Hosts, OwnedResult
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Work, current_label
-from cluster.transfer import array_in, from_wire, to_wire
+from cluster.transfer import array_in, from_wire, pack, to_wire, unpack
 from cluster.worker_group import (
     Future,
     R,
@@ -196,12 +196,13 @@ class RayWorkerGroup(WorkerGroup[W]):
         futures = [_as_future(future, phase) for future in futures]
         references = list(dict.fromkeys(future.reference for future in futures))
         try:
-            found = dict(zip(references, ray.get(references, timeout=timeout_s), strict=True))
+            answers = map(unpack, ray.get(references, timeout=timeout_s))
         except GetTimeoutError:
             raise CallTimeoutError(*late_call(futures), phase, timeout_s) from None
         except RayError as error:
             # Ray tells the failure that it met first; the first future's may be its cause.
             raise_cause(first_failure(futures) or error, futures, phase)
+        found = dict(zip(references, answers, strict=True))
         wires = [_own_part(future, found[future.reference]) for future in futures]
         for future, wire in zip(futures, wires, strict=True):
             where = "result" if isinstance(wire, LocalRef) else array_in(wire)
@@ -297,11 +298,11 @@ class RayWorkerGroup(WorkerGroup[W]):
             if apart:
                 return self._pending(rank, method, other or answer, inputs)
             return self._pending(rank, method, answer, inputs, owned, other, entry)
-        run = seat.actor.run
+        run, packed = seat.actor.run, pack(spec)
         run = run if via is None else run.options(tensor_transport=via.transport)
         if not send:
-            return self._pending(rank, method, run.remote(spec, *sent, **named), inputs, owned)
-        kept, wire = run.options(num_returns=2).remote(spec, *sent, **named)
+            return self._pending(rank, method, run.remote(packed, *sent, **named), inputs, owned)
+        kept, wire = run.options(num_returns=2).remote(packed, *sent, **named)
         return self._pending(
             rank, method, kept, inputs, owned, CallAnswer([(self.name, rank)], wire)
         )
@@ -359,7 +360,7 @@ class RayWorkerGroup(WorkerGroup[W]):
 
     def _sent(self, rank: int, value: object, where: str) -> object:
         if not isinstance(value, RayFuture):
-            return to_wire(value, where)
+            return pack(to_wire(value, where))
         owned = value.owned
         seat = self._seats[rank]
         if owned is None or owned.actor is seat.actor:

@@ -37,7 +37,15 @@ from cluster.ray.orphans import end_with_parent
 from cluster.ray.progress import ProgressReporter
 from cluster.ray.rendezvous import Rendezvous, join_rendezvous, open_rendezvous
 from cluster.spans import Clock, Label, Work, read_clock
-from cluster.transfer import array_bytes, array_in, from_wire, require_constants, to_wire
+from cluster.transfer import (
+    array_bytes,
+    array_in,
+    from_wire,
+    pack,
+    require_constants,
+    to_wire,
+    unpack,
+)
 from sgmd_core.collector import paused_collector
 
 _COLLECTIVE_TIMEOUT_S = 600.0
@@ -194,21 +202,35 @@ class Host:
         finally:
             self._progress.end()
 
-    def run(self, spec: CallSpec, /, *sent: object, **keywords: object) -> object:
-        """Runs one method on values from the wire; its result goes back onto the wire, or stays."""
-        return self._run(spec, sent, keywords)
+    def run(self, packed_spec: object, /, *sent: object, **keywords: object) -> object:
+        """Runs one method on values from the wire; its result goes back onto the wire, or stays.
 
-    def run_batch(self, specs: Sequence[CallSpec], /, *sent: object) -> object:
+        Args:
+            packed_spec: The call, packed.
+            sent: Values from the wire for its arguments, packed.
+            keywords: Values for those that it takes by name, packed.
+
+        Returns:
+            What it returned, packed; of a call whose result stays and is sent, both.
+        """
+        spec: CallSpec = unpack(packed_spec)
+        result = self._run(spec, sent, keywords)
+        if spec.direct:
+            return result
+        return tuple(map(pack, cast(tuple[object, ...], result))) if spec.send else pack(result)
+
+    def run_batch(self, packed_specs: object, /, *sent: object) -> object:
         """Runs several methods, one after another; see `cluster.ray.batch`.
 
         Args:
-            specs: The calls.
-            sent: Values from the wire for the arguments of all.
+            packed_specs: The calls, packed.
+            sent: Values from the wire for the arguments of all, packed.
 
         Returns:
             The small results, one a call, where one that stays here has its number and one that
-            goes to other processes has None; and one more value for each of the latter.
+            goes to other processes has None; and one more value for each of the latter. Packed.
         """
+        specs: Sequence[CallSpec] = unpack(packed_specs)
         values = iter(sent)
         small: list[object] = []
         apart: list[object] = []
@@ -222,7 +244,7 @@ class Host:
                 result = None
             # Where nobody takes a result, that of a rank that stands in, it goes nowhere.
             small.append(UNREAD if array_in(result) is not None else result)
-        return (tuple(small), *apart) if apart else tuple(small)
+        return (pack(tuple(small)), *map(pack, apart)) if apart else pack(tuple(small))
 
     def _run(
         self, spec: CallSpec, sent: Sequence[object], keywords: Mapping[str, object]
@@ -240,7 +262,7 @@ class Host:
                     f"no worker: building it has failed: {self._unbuilt.get(spec.worker, '')}",
                     "a worker that its factory can build",
                 )
-            named = {name: self._arrived(value) for name, value in keywords.items()}
+            named = {name: self._arrived(unpack(value)) for name, value in keywords.items()}
             args = _put_in_place(self._arrived_ones(sent, spec.entries), spec.layout)
             times.append(time.monotonic())
             result = getattr(worker, method)(*args, **named)
@@ -277,14 +299,14 @@ class Host:
         """A result of this process for another one, kept or not.
 
         Args:
-            value: What the call returned.
+            value: What the call returned, packed.
             bf16_kinds: Kinds of tensors that travel in bfloat16.
             entry: Which of the small results of a batch it is; None: the value itself.
         """
-        value = value if entry is None else cast(Sequence[object], value)[entry]
-        if not isinstance(value, LocalRef):
-            return value
-        return to_wire(self._arrived(value), "a kept result", bf16_kinds)
+        own = _part(unpack(value), entry)
+        if isinstance(own, LocalRef):
+            own = to_wire(self._arrived(own), "a kept result", bf16_kinds)
+        return pack(own)
 
     def take_work(self, worker: str) -> list[Work]:
         """Returns the work of this worker since the last call."""
@@ -311,12 +333,8 @@ class Host:
 
     def _arrived_ones(self, sent: Sequence[object], entries: Sequence[int | None]) -> list[object]:
         """Values from the wire, picked out of a batch's small results where they are among them."""
-        if not entries:
-            return [self._arrived(value) for value in sent]
-        return [
-            self._arrived(value if entry is None else cast(Sequence[object], value)[entry])
-            for value, entry in zip(sent, entries, strict=True)
-        ]
+        pairs = zip(sent, entries or [None] * len(sent), strict=True)
+        return [self._arrived(_part(unpack(value), entry)) for value, entry in pairs]
 
     def _arrived(self, value: object) -> object:
         if isinstance(value, LocalRef):
@@ -334,6 +352,11 @@ class Host:
         except Exception:
             return RemoteCallError(f"running {where}", f"{type(error).__name__}: {error}\n{told}")
         return error
+
+
+def _part(value: object, entry: int | None) -> object:
+    """One of a batch's small results; without a number, the value itself."""
+    return value if entry is None else cast(Sequence[object], value)[entry]
 
 
 def _put_in_place(values: Sequence[Any], layout: ArgLayout) -> list[object]:

@@ -1,6 +1,7 @@
 """The wire keeps every bit, its types and nothing else."""
 
 import pickle
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from cluster.errors import TransferError
-from cluster.transfer import array_in, from_wire, to_wire
+from cluster.transfer import array_in, from_wire, pack, to_wire, unpack
 from tests.cluster.toys import Colour, Parcel, Toy
 
 DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "uint8", "bool"]
@@ -165,3 +166,48 @@ def test_a_record_that_packs_itself_travels_as_it_is():
     assert array_in(to_wire(sealed)) is None
     with pytest.raises(TransferError, match="is a builtins"):
         to_wire(sealed.inside)
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A record of a program that is run as a script, in which its class is looked up."""
+
+    number: int
+
+
+class TestPacking:
+    def test_small_values_travel_as_bytes_and_arrive_with_their_bits(self):
+        letter = _letter()
+        sent = {"letter": letter, "odd": torch.tensor([float("nan"), -0.0]), "word": "seven"}
+
+        packed = pack(to_wire(sent))
+
+        assert type(packed) is bytes
+        arrived = from_wire(unpack(packed))
+        assert arrived["word"] == "seven"
+        assert type(arrived["letter"]) is Letter
+        assert _bits(arrived["letter"].slope) == _bits(letter.slope)
+        assert _bits(arrived["odd"]) == _bits(sent["odd"])
+        arrived["letter"].slope.zero_()
+        assert _bits(letter.slope) == _bits(_letter().slope)
+
+    def test_a_large_array_is_left_where_it_is_and_bytes_stay_bytes(self):
+        large = to_wire(torch.zeros(1 << 16))
+
+        assert pack(large) is large
+        assert unpack(large) is large
+        assert unpack(pack(b"a caption")) == b"a caption"
+
+    def test_what_another_process_does_not_have_by_name_is_left_to_ray(self, monkeypatch):
+        @dataclass(frozen=True)
+        class Inner:
+            number: int
+
+        inner = to_wire(Inner(1))
+        assert pack(inner) is inner
+
+        of_a_module = to_wire(Scripted(1))
+        assert unpack(pack(of_a_module)) == of_a_module
+        monkeypatch.setattr(sys.modules["__main__"], "Scripted", Scripted, raising=False)
+        monkeypatch.setattr(Scripted, "__module__", "__main__")
+        assert pack(of_a_module) is of_a_module
