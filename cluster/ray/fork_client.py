@@ -5,7 +5,8 @@ anything is imported:
 
     fork_client.py SOCKET SCRIPT ARGUMENTS...
 
-What is no plain worker, or comes when the server is gone, is started by the interpreter itself.
+What is no plain worker, or comes when the server is gone or stopped (SIGSTOP), is started by the
+interpreter itself.
 Either way a process ends with its parent: Ray's agents notice the end of their raylet, but try for
 a minute to report it to a control service that is gone as well.
 """
@@ -22,6 +23,9 @@ _SETUP, _WORKER = "setup_worker.py", "default_worker.py"
 _CONTEXT = "--serialized-runtime-env-context="
 _PR_SET_PDEATHSIG = 1
 _ITS_OWN = ("command_prefix", "override_worker_entrypoint", "java_jars")
+SERVER = "server"
+"""File beside the socket with the number of the server's process."""
+_LOOK_EVERY_S, _LOOKS, _SEND_S = 1.0, 3, 30.0
 
 
 def ask_for_process() -> None:
@@ -77,16 +81,40 @@ def _forked(address: str, command: list[str], variables: dict[str, str]) -> bool
         }
         body = json.dumps(request).encode()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+            server.settimeout(_SEND_S)
             server.connect(address)
             socket.send_fds(server, [len(body).to_bytes(8, "big")], [0, 1, 2])
             server.sendall(body)
-            if not server.recv(1):
+            if not _is_answered(server, Path(address).with_name(SERVER)):
                 return False
+            server.settimeout(None)
             # The forked process holds the other end until it ends.
             server.recv(1)
             return True
     except OSError:
         return False
+
+
+def _is_answered(server: socket.socket, number: Path) -> bool:
+    """Waits for the server's answer, which may be importing; False where there will be none."""
+    server.settimeout(_LOOK_EVERY_S)
+    looks = 0
+    while looks < _LOOKS:
+        try:
+            return bool(server.recv(1))
+        except TimeoutError:
+            looks = looks + 1 if _is_stopped(number) else 0
+    return False
+
+
+def _is_stopped(number: Path) -> bool:
+    """Returns True if the process that a file names is stopped."""
+    try:
+        stat = Path(f"/proc/{number.read_text()}/stat").read_text()
+    except OSError:
+        return False
+    # number (name) state ...: a name may hold anything.
+    return stat.rpartition(")")[2].split()[:1] in (["T"], ["t"])
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ process a rank. Here they are imported once:
 
 The server makes no tensor and starts no thread, so what it forks is as a new interpreter that has
 imported the same modules. Threads that libraries start when they are imported (OpenBLAS, OpenCV,
-the memory allocator of Arrow) are idle when it forks. Where it cannot help, the interpreter is
-started instead. A CUDA driver does not survive a fork: on machines with GPUs there is no server,
-and the interpreter is always started.
+the memory allocator of Arrow) are idle when it forks. Where it cannot help, or is stopped
+(SIGSTOP), the interpreter is started instead. A CUDA driver does not survive a fork: on machines
+with GPUs there is no server, and the interpreter is always started.
 
 Either way a process ends with its parent, the raylet or the server, at once.
 """
@@ -40,7 +40,7 @@ from select import select
 from typing import Any
 
 from cluster.background import in_background
-from cluster.ray.fork_client import end_with_parent_at_once
+from cluster.ray.fork_client import SERVER, end_with_parent_at_once
 from sgmd_core.collector import paused_collector
 
 _PREFIX, _OWNED = "forks-", "owned"
@@ -102,6 +102,8 @@ def serve_forks(modules: Sequence[str], touch_every_s: float = _TOUCH_EVERY_S) -
             start_new_session=True,
         )
         listener.close()  # The server's own end is the last: without it nobody waits for an answer.
+        # Clients look whether it is stopped.
+        (Path(folder) / SERVER).write_text(str(server.pid))
         try:
             yield executable
         finally:
@@ -152,6 +154,8 @@ def _touching(folder: Path, every_s: float) -> Iterator[None]:
 
 def run_fork_server(listener: socket.socket, modules: Sequence[str]) -> None:
     """Imports modules and forks a process for each request, until the controller is gone."""
+    # Also while it is stopped, when it would not see the end of its standard input.
+    end_with_parent_at_once()
     # As Ray's own processes of a private cluster: see `cluster.runtime`.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     with paused_collector():
@@ -181,6 +185,8 @@ def _serve(listener: socket.socket) -> dict[str, Any] | None:
         streams: list[int] = []
         try:
             request = _receive(connection, streams)
+            if _has_gone(connection):
+                raise ConnectionError("the client has started its process by itself")
             if os.fork() == 0:
                 with _ending_on_error():
                     listener.close()
@@ -219,6 +225,12 @@ def _receive(connection: socket.socket, streams: list[int]) -> dict[str, Any]:
             raise ConnectionError("the client has gone")
         left -= len(parts[-1])
     return json.loads(b"".join(parts))
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    """Returns True if a client whose request has been read whole waits no longer."""
+    ready, _, _ = select([connection], [], [], 0.0)
+    return bool(ready) and not connection.recv(1, socket.MSG_PEEK)
 
 
 def _become_worker(request: Mapping[str, Any]) -> None:

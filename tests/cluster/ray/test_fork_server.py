@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.procfs import born, is_running
+from cluster.procfs import born, is_running, process_state
+from cluster.ray.fork_client import SERVER
 from cluster.ray.fork_server import serve_forks
 from tests.cluster.toys import WAIT_S
-from tests.helpers.forked_python import forked_python
+from tests.helpers.forked_python import PYTHON, forked_python
 
 SHOWN = "import sys; print(sys.argv[1:], 'torch' in sys.modules)"
 
@@ -115,6 +117,57 @@ def test_a_client_that_asks_for_nothing_holds_nobody_up(tmp_path, monkeypatch):
         command = [str(python), str(script)]
         told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=WAIT_S)
     assert told.stdout == "True\n"
+
+
+@pytest.mark.slow
+def test_while_its_server_is_stopped_a_worker_starts_as_always_and_once(tmp_path):
+    script, ran = tmp_path / "default_worker.py", tmp_path / "ran"
+    script.write_text(
+        f"import sys\nwith open({str(ran)!r}, 'a') as file:\n"
+        "    print('colorsys' in sys.modules, file=file)\n"
+    )
+    with serve_forks(["colorsys"]) as python:
+        server = int(python.with_name(SERVER).read_text())
+
+        def start() -> None:
+            subprocess.run([str(python), str(script)], check=True, timeout=WAIT_S)
+
+        start()
+        os.kill(server, signal.SIGSTOP)
+        try:
+            start()
+        finally:
+            os.kill(server, signal.SIGCONT)
+        # What has waited for the server meanwhile is not served once more.
+        start()
+    assert ran.read_text().split() == ["True", "False", "True"]
+
+
+@pytest.mark.slow
+def test_a_stopped_server_ends_with_its_controller():
+    code = """
+import time
+from cluster.ray.fork_server import serve_forks
+with serve_forks(["colorsys"]) as python:
+    print(python.with_name("server").read_text(), flush=True)
+    time.sleep(600)
+"""
+    controller = subprocess.Popen([PYTHON, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert controller.stdout is not None
+    server = int(controller.stdout.readline())
+    since, end_s = born(server), time.monotonic() + WAIT_S
+    while "fork_server" not in Path(f"/proc/{server}/cmdline").read_text():
+        assert time.monotonic() < end_s
+    # It has asked for the end of its parent by the time that it waits for requests.
+    while process_state(server) != "S":
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+    os.kill(server, signal.SIGSTOP)
+    controller.kill()
+    controller.wait()
+    while is_running(server, since):
+        assert time.monotonic() < end_s, "it is left behind"
+        time.sleep(0.05)
 
 
 def test_a_worker_that_cannot_be_prepared_ends_and_serves_nobody(tmp_path):
