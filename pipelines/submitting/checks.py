@@ -172,12 +172,18 @@ class Preparation:
             self._try("data", train, lambda: inspect_captions(config))
 
     def _sweep(self, config: DistillConfig) -> None:
-        start = config.sweep.start_from
-        if start and not self._is_here(start):
-            self.left["sweep.start_from"] = f"{start} is not on this machine"
+        start, goes_on = config.sweep.start_from, self._sweep_may_go_on
+        if start and (goes_on or not self._is_here(start)):
+            place = "may be that which the sweep has kept" if goes_on else "is not on this machine"
+            self.left["sweep.start_from"] = f"{start} {place}"
             config = config.with_settings({"sweep.start_from": None})
-        checked_sweep(config)
+        checked_sweep(config, is_new=not goes_on)
         self.checked["sweep"] = "every point of the grid, or the corners of the space"
+
+    @property
+    def _sweep_may_go_on(self) -> bool:
+        """True where the sweep may have begun, and other rules hold than for a new one."""
+        return not {"--resume", "--resume-auto"}.isdisjoint(self.request.options)
 
     def _try(
         self, subject: str, address: str, look: Callable[[], object]

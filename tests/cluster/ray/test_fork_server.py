@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ class Newborn:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_have_the_libraries_of_the_networks_and_nothing_else_in_common():
-    actors = [Newborn.remote(), Newborn.options(runtime_env={"env_vars": {"GIVEN": "x"}}).remote()]
+    newborn: Any = Newborn
+    actors = [newborn.remote(), newborn.options(runtime_env={"env_vars": {"GIVEN": "x"}}).remote()]
     first, second = ray.get([actor.look.remote() for actor in actors])
     assert first["loaded"]
     assert second["loaded"]
@@ -234,7 +236,8 @@ with serve_forks([]) as python:
         for _ in range(2)
     )
     try:
-        folders = [Path(each.stdout.readline().strip()) for each in (killed, living)]
+        streams = [each.stdout for each in (killed, living) if each.stdout is not None]
+        folders = [Path(stream.readline().strip()) for stream in streams]
         killed.kill()
         killed.wait()
         assert all((folder / "python").exists() for folder in folders)

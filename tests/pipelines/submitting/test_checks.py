@@ -201,6 +201,24 @@ def test_studies_of_both_kinds_are_sent_with_what_they_need(tmp_path):
     assert request.results == "s3://b/runs/tiny-study"
 
 
+@pytest.mark.parametrize("option", ["--resume", "--resume-auto"])
+def test_a_sweep_that_goes_on_is_checked_as_the_job_will_check_it(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle moves left\n" * 80)
+    (tmp_path / "start").mkdir()
+    settings = (
+        *("data.train=prompts.txt", "data.validation=prompts.txt", "output=/mnt"),
+        # A recipe of before, and a run whose states are gone by now.
+        "sweep.grid={objective.lambda_nr: [0.1, 0.1]}",
+        f"sweep.start_from={tmp_path}/start",
+    )
+    with pytest.raises(ConfigError, match=r"lambda_nr has 0\.1 more than once"):
+        prepare(asked("sweep", "tiny", *settings))
+    _, preparation = prepare(asked("sweep", "tiny", *settings, options=(option,)))
+    assert "sweep" in preparation.checked
+    assert "may be that which the sweep has kept" in preparation.left["sweep.start_from"]
+
+
 def test_a_command_that_failed_goes_on_where_it_was():
     assert resumed(["distill", "tiny"]) == ["distill", "tiny", "--resume", "auto"]
     assert resumed(["distill", "tiny", "--resume=/x"]) == ["distill", "tiny", "--resume=/x"]
