@@ -16,7 +16,14 @@ from itertools import permutations, product
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import GB, GpuKind
 from pipelines.planning.layouts import AS_FAST, Layout, fastest_map, fused_layout, map_layout
-from pipelines.planning.pool_maps import LEARN, SCORE, PoolMap, map_memory, ranks_wanted
+from pipelines.planning.pool_maps import (
+    LEARN,
+    SCORE,
+    PoolMap,
+    map_memory,
+    ranks_wanted,
+    uses_half,
+)
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
@@ -58,7 +65,7 @@ def mixed_maps(work: Workload, kinds: Sequence[GpuKind]) -> Iterator[PoolMap]:
                 ranks, kind = {LEARN: learn, SCORE: score}, {LEARN: first, SCORE: second}
                 for teacher in ((LEARN, SCORE), (LEARN,), (SCORE,)):
                     yield from _placed(work, ranks, LEARN, SCORE, teacher, micro_batches, kind)
-            for ranks, spare in product(_of_learners(ours, first.num_gpus), theirs):
+            for ranks, spare in product(_of_learners(work, ours, first.num_gpus), theirs):
                 pools = tuple(ranks)
                 kind = {**dict.fromkeys(pools, first), SPARE: second}
                 for teacher in ((SPARE,), *((*some, SPARE) for some in _parts(pools))):
@@ -73,12 +80,14 @@ def mixed_maps(work: Workload, kinds: Sequence[GpuKind]) -> Iterator[PoolMap]:
                     )
 
 
-def _of_learners(wanted: Sequence[int], num_gpus: int) -> Iterator[dict[str, int]]:
+def _of_learners(
+    work: Workload, wanted: Sequence[int], num_gpus: int
+) -> Iterator[dict[str, int]]:
     """Ranks of the pools of generator and fake score, which have one kind of GPU."""
     for learn in wanted:
         yield {LEARN: learn}
         for score in wanted:
-            if num_gpus < 2 * (learn + score) <= 2 * num_gpus:
+            if uses_half(work, num_gpus, learn, score):
                 yield {LEARN: learn, SCORE: score}
 
 

@@ -64,13 +64,27 @@ def ranks_wanted(batch_size: int) -> Iterator[tuple[int, list[int]]]:
         yield micro_batches, sorted({-(-size // share) for share in range(1, _MOST_SAMPLES + 1)})
 
 
+def uses_half(work: Workload, num_gpus: int, learn: int, score: int) -> bool:
+    """Returns True if two pools use more than half of the GPUs that have samples to work on.
+
+    Args:
+        work: The iteration.
+        num_gpus: GPUs that there are.
+        learn: Ranks of the generator's pool.
+        score: Ranks of the fake score's pool.
+    """
+    # Of a small batch no pool has a use for more ranks than samples, however many GPUs there are.
+    most = work.batch_size * (work.company(GENERATOR) + work.company(FAKE_SCORE))
+    return min(num_gpus, most) < 2 * (learn + score) <= 2 * num_gpus
+
+
 def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
-    """Two pools that use at least half of the GPUs, with every use of the teacher."""
+    """Two pools that use half of the GPUs that have samples, with every use of the teacher."""
     for micro_batches, wanted in ranks_wanted(work.batch_size):
         for parties in product(wanted, repeat=2):
             learn = parties[0] * work.company(GENERATOR)
             score = parties[1] * work.company(FAKE_SCORE)
-            if not num_gpus < 2 * (learn + score) <= 2 * num_gpus:
+            if not uses_half(work, num_gpus, learn, score):
                 continue
             for teacher in ((LEARN, SCORE), (LEARN,), (SCORE,)):
                 places = {GENERATOR: (LEARN,), TEACHER: teacher, FAKE_SCORE: (SCORE,)}

@@ -96,6 +96,18 @@ def test_no_pool_has_more_ranks_than_its_kind_has_gpus():
         assert all(0 < used[name] <= counts[name] for name in counts)
 
 
+def test_more_gpus_than_samples_leave_no_layout_out():
+    def places(number: int) -> set[tuple[tuple[str, int, str], ...]]:
+        maps = mixed_maps(replace(WORK, batch_size=4), kinds(f"a={number}x80@229", "b=4x48@80"))
+        return {
+            tuple((pool, ranks, one.kinds[pool].name) for pool, ranks in one.ranks.items())
+            for one in maps
+        }
+
+    assert (("learn", 4, "a"), ("score", 4, "a"), ("spare", 4, "b")) in places(8)
+    assert places(100) == places(8)
+
+
 def test_processes_beside_the_roles_take_the_last_kind_first():
     plan = make_mixed_plan(
         WORK,

@@ -22,7 +22,7 @@ from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.pools import pools_of
 from pipelines.planning.fitting import fastest_fit
 from pipelines.planning.hardware import GB, Hardware
-from pipelines.planning.layouts import fused_layout
+from pipelines.planning.layouts import fused_layout, map_layout
 from pipelines.planning.memory import (
     discriminator_memory,
     fake_score_memory,
@@ -685,6 +685,17 @@ class TestSearch:
         # Three rounds: six ranks are as fast as seven.
         assert fused.num_gpus == 6
         assert fused.settings["batch.micro_batches"] == 3
+
+    @pytest.mark.parametrize("num_gpus", [8, 9, 100])
+    def test_gpus_without_a_sample_leave_the_map_that_fewer_gpus_have(self, num_gpus):
+        work = replace(SMALL, batch_size=4)
+        times = modelled(work, Hardware())
+        few, many = (map_layout(work, times, Hardware(), number) for number in (7, num_gpus))
+        assert few is not None
+        assert many is not None
+        # A rank for each sample of both learners: more GPUs have nothing to do.
+        assert max(few.num_gpus, many.num_gpus) <= 8
+        assert many.iteration_s <= few.iteration_s
 
     @pytest.mark.slow
     def test_more_memory_never_makes_a_plan_slower(self):
