@@ -123,7 +123,7 @@ class TopologySettings(Section):
     """In mode `map`: pools by name, their ranks, and resources of each rank."""
     roles: RolePlaces = RolePlaces()
     """In mode `map`: the pool or pools of each role."""
-    stage_seconds: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    stage_seconds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Seconds of one sample by `role.stage`, where roles share pools, to share out the teacher's
     calls: of every stage, or of none to count network passes."""
     generator: RolePoolSettings = RolePoolSettings()
