@@ -25,6 +25,7 @@ rank and the method.
 """
 
 from sgmd_core.errors import SgmdError
+from sgmd_core.words import count_in_words
 
 
 class ClusterError(SgmdError):
@@ -155,7 +156,7 @@ class StartTimeoutError(ClusterError, TimeoutError):
     def __init__(self, group: str, states: tuple[str, ...], timeout_s: float) -> None:
         rows = "\n".join(f"  {group}[{rank}]  {state}" for rank, state in enumerate(states))
         super().__init__(
-            f"starting the {len(states)} ranks of {group}",
+            f"starting the {count_in_words(len(states), 'rank')} of {group}",
             f"after {timeout_s:g} s\n{rows}\n",
             "all of them to be ready",
             "A process that has not started waits for its bundle or for its environment (`ray "

@@ -8,6 +8,7 @@ from ray._private.state import available_resources_per_node
 
 from cluster.errors import InsufficientResourcesError
 from cluster.ray.pools import Pool
+from sgmd_core.words import count_in_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,9 @@ def shortage(pools: Sequence[Pool], timeout_s: float) -> InsufficientResourcesEr
     )
     table = "\n".join(f"  {row.rank:<20} asks for {row.asked:<24} {row.verdict}" for row in rows)
     return InsufficientResourcesError(
-        f"reserving resources for {len(rows)} ranks",
-        f"after {timeout_s:g} s {free} of {total} are free on {len(found)} machines ({each}):\n"
+        f"reserving resources for {count_in_words(len(rows), 'rank')}",
+        f"after {timeout_s:g} s {free} of {total} are free on "
+        f"{count_in_words(len(found), 'machine')} ({each}):\n"
         f"{table}\n",
         "all of them to be free at once, each rank on one machine",
         "Lower the ranks, or what each of them asks for, in the recipe, correct their labels, add"

@@ -15,6 +15,7 @@ from cluster.storage import write_text
 from pipelines.commands.options import Json, OptionGroup, Overrides, RecipeName, expand_groups
 from pipelines.commands.output import show, working
 from sgmd_core.errors import ConfigError
+from sgmd_core.words import count_in_words
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
@@ -148,9 +149,10 @@ def _table(result: "Plan") -> Table:
     told = result.to_json()
     shape = told["workload"]
     table = Table(
-        title=f"{told['gpus_used']} of {told['gpus']} GPUs, "
-        f"{_count(shape['parameters'])} parameters, {shape['tokens']} tokens a sample, "
-        f"{shape['batch_size']} samples an iteration",
+        title=f"{told['gpus_used']} of {count_in_words(told['gpus'], 'GPU')}, "
+        f"{_count(shape['parameters'])} parameters, "
+        f"{count_in_words(shape['tokens'], 'token')} a sample, "
+        f"{count_in_words(shape['batch_size'], 'sample')} an iteration",
         title_justify="left",
     )
     headings = ("pool", "roles", "GPUs", "samples", "busy", "GB a GPU", "graphs")
@@ -215,7 +217,8 @@ def _beside(layout: "Layout") -> str:
     fits = "fits" if layout.fits else "does not fit"
     busy = ", ".join(f"{name} {100 * pool.busy:.0f} %" for name, pool in layout.pools.items())
     return (
-        f"{layout.title}: {layout.iteration_s:.4g} s on {layout.num_gpus} GPUs, busy {busy}; "
+        f"{layout.title}: {layout.iteration_s:.4g} s on "
+        f"{count_in_words(layout.num_gpus, 'GPU')}, busy {busy}; "
         f"{fullest:.0f} GB a GPU, which {fits}; {layout.gathered_bytes / 1e9:.3g} GB of weights "
         "gathered"
     )

@@ -16,6 +16,7 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.readiness import ProcessNeed, in_gb, process_needs, ways_to_save
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
+from sgmd_core.words import count_in_words
 from workers.models.folder import ModelFolder
 
 MODEL_MARGIN = 1.2
@@ -138,8 +139,8 @@ def _of_all_gpus(ranks: Sequence[PlacedNeed], capacity: Capacity) -> list[str]:
     words = ", ".join(one.in_words(one.need.num_bytes) for one in ranks)
     error = ConfigError(
         f"checking the GPUs of machine {capacity.name}",
-        f"{in_gb(needed)} placed there ({words}), and its {len(capacity.gpu_bytes)} GPUs have "
-        f"{in_gb(there)} in all",
+        f"{in_gb(needed)} placed there ({words}), and it has "
+        f"{count_in_words(len(capacity.gpu_bytes), 'GPU')} with {in_gb(there)} in all",
         "ranks that share GPUs to fit them together",
         "Raise `gpus` of these pools, so that fewer ranks share a GPU",
     )

@@ -29,6 +29,7 @@ from pipelines.planning.stored_text import ENCODING, TEXT
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder, require_output_folder
 from sgmd_core.errors import ConfigError
+from sgmd_core.words import count_in_words
 from workers.models.exporting import DTYPES
 from workers.models.folder import ModelFolder
 
@@ -315,13 +316,13 @@ def _gpu_memory(needs: list[ProcessNeed], work: Workload) -> str:
     if claimed > len(sizes) or needed > sum(sizes):
         raise ConfigError(
             attempted,
-            f"{claimed:g} GPUs claimed and {in_gb(needed)} needed ({words}); there are "
-            f"{len(sizes)} with {in_gb(sum(sizes))} in all",
+            f"{count_in_words(claimed, 'GPU')} claimed and {in_gb(needed)} needed ({words}); the "
+            f"machine has {count_in_words(len(sizes), 'GPU')} with {in_gb(sum(sizes))} in all",
             "no more than there is",
             "Lower `gpus` and ranks of the pools in topology, or join a larger cluster: "
             "topology.address",
         )
-    return f"{words}; {len(sizes)} GPUs of {in_gb(largest)}"
+    return f"{words}; {count_in_words(len(sizes), 'GPU')} of {in_gb(largest)}"
 
 
 def ways_to_save(work: Workload) -> str:

@@ -26,6 +26,7 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.config.topology import PoolSettings, RolePoolSettings, TeacherPoolSettings
 from pipelines.planning.plan import Plan
 from sgmd_core.errors import ConfigError
+from sgmd_core.words import count_in_words
 
 _HEAD = "head"
 _BESIDE = ("text", "feed", "validator")
@@ -113,8 +114,8 @@ def _kind_of_head(request: DeploymentRequest) -> str:
     left = request.plan.left_over
     raise ConfigError(
         "planning the head of a cluster",
-        f"{wanted} GPUs for text encoder, feed and validator, and beside the roles are left "
-        + ", ".join(f"{number} {name}" for name, number in left.items()),
+        f"{count_in_words(wanted, 'GPU')} for text encoder, feed and validator, and beside "
+        "the roles are left " + ", ".join(f"{number} {name}" for name, number in left.items()),
         "as many of one kind, for they live on one machine",
         "Lower `gpus` of topology.text, topology.feed and topology.validator, or leave the kind "
         "with the fewest GPUs out",
@@ -293,7 +294,8 @@ def _require_room(request: DeploymentRequest, name: str, pool: RolePoolSettings,
     if pool.strategy == "strict_pack" and each < pool.ranks:
         raise ConfigError(
             f"planning the machines of pool {name}",
-            f"strict_pack of {pool.ranks} ranks, and machines of {request.gpus_per_machine} GPUs",
+            f"strict_pack of {pool.ranks} ranks, and machines of "
+            f"{count_in_words(request.gpus_per_machine, 'GPU')}",
             "room for all of them on one machine",
             f"Set topology.{_section(request.config, name)}.strategy=pack, or --with "
             "gpus-per-machine to what a machine has",

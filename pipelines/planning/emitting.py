@@ -19,6 +19,7 @@ from pipelines.planning.deployments import (
 )
 from pipelines.planning.plan import Plan
 from sgmd_core.errors import ConfigError
+from sgmd_core.words import count_in_words
 
 _DETAILS: dict[str, tuple[str, ...]] = {
     "kuberay": ("image", "gpus-per-machine", "volume", "nodes"),
@@ -169,8 +170,9 @@ def _machines(given: Mapping[str, str], gpus: int, count: int) -> Machines:
             if len(hosts) != count:
                 raise ConfigError(
                     attempted,
-                    f"{len(hosts)} hosts",
-                    f"the addresses of {count} machines of {gpus} GPUs, the head first",
+                    count_in_words(len(hosts), "host"),
+                    f"the addresses of {count_in_words(count, 'machine')} of "
+                    f"{count_in_words(gpus, 'GPU')}, the head first",
                     "--with hosts=10.0.0.1,10.0.0.2 and so on",
                 )
             return Machines("local", hosts=hosts, user=given.get("user", "ubuntu"))
@@ -179,7 +181,7 @@ def _machines(given: Mapping[str, str], gpus: int, count: int) -> Machines:
             if not instance:
                 raise ConfigError(
                     attempted,
-                    f"no usual instance of {provider} with {gpus} GPUs",
+                    f"no usual instance of {provider} with {count_in_words(gpus, 'GPU')}",
                     f"its type, or {', '.join(map(str, _INSTANCES[provider]))} GPUs a machine",
                     "--with instance=TYPE, or --with gpus-per-machine=N",
                 )

@@ -80,9 +80,7 @@ def mixed_maps(work: Workload, kinds: Sequence[GpuKind]) -> Iterator[PoolMap]:
                     )
 
 
-def _of_learners(
-    work: Workload, wanted: Sequence[int], num_gpus: int
-) -> Iterator[dict[str, int]]:
+def _of_learners(work: Workload, wanted: Sequence[int], num_gpus: int) -> Iterator[dict[str, int]]:
     """Ranks of the pools of generator and fake score, which have one kind of GPU."""
     for learn in wanted:
         yield {LEARN: learn}

@@ -22,6 +22,7 @@ from pipelines.planning.search import candidates, find_best, rank_memory
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
+from sgmd_core.words import count_in_words
 
 _LEAST_OF_A_MAP = 2
 _MOST_GPUS = 8192
@@ -139,7 +140,7 @@ def make_plan(
     company = work.company(*work.roles)
     if company > num_gpus:
         raise ConfigError(
-            f"planning for {num_gpus} GPUs",
+            f"planning for {count_in_words(num_gpus, 'GPU')}",
             f"{company} ranks work on each sample together",
             "at least as many GPUs",
             "Lower compute.ulysses of the roles",
@@ -229,7 +230,8 @@ def _without(kinds: Sequence[GpuKind], taken: int) -> list[GpuKind]:
 
 
 def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigError:
-    attempted = f"planning for {num_gpus} GPUs of {hardware.memory_gb:g} GB"
+    gpus = count_in_words(num_gpus, "GPU")
+    attempted = f"planning for {gpus} of {hardware.memory_gb:g} GB"
     roomy = replace(hardware, host_memory_gb=math.inf)
     if run_fits(work, roomy, num_gpus):
         return ConfigError(

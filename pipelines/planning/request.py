@@ -26,6 +26,7 @@ from pipelines.planning.search import find_batch
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
+from sgmd_core.words import count_in_words
 from workers.attention import KERNELS, NATIVE
 
 _ATTEMPTED = "planning a run"
@@ -254,7 +255,7 @@ def _nothing_left(num_gpus: int, beside: Mapping[str, float]) -> ConfigError:
         remedies.append("set " + " ".join(f"topology.{section}.gpus=0" for section in others))
     least = math.ceil(sum(beside.values())) + 1
     return ConfigError(
-        f"planning for {num_gpus} GPUs",
+        f"planning for {count_in_words(num_gpus, 'GPU')}",
         f"no GPU left for the roles beside {taken}" if taken else "no GPU for the roles",
         "at least one",
         "; ".join(remedies) + f"; or give --gpus {least}" if remedies else "Give --gpus 1 or more",
@@ -265,9 +266,9 @@ def _lag(config: DistillConfig, work: Workload) -> list[str]:
     """Returns what a measured lag costs."""
     if not config.lag.every:
         return []
-    costs = work.costs
+    costs, every = work.costs, count_in_words(config.lag.every, "iteration")
     return [
-        f"measuring the lag every {config.lag.every} iterations (lag.every) takes "
+        f"measuring the lag every {every} (lag.every) takes "
         f"{total_units(expected_lag(config), costs):.3g} passes over a batch each time, "
         f"{100 * lag_share(config, costs):.2g} % beside the iterations; it is not in their seconds"
     ]

@@ -28,6 +28,7 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.opened_copy import run_copy
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError
+from sgmd_core.words import count_in_words
 from workers.models.families import family_named
 from workers.models.shape import PassFlops
 
@@ -208,7 +209,8 @@ def _from_run(folder: Path) -> _Found:
         if times:
             samples = config.batch.size * work.updates_with(name[1])
             found[name] = median(times) / samples
-    return found, flops, f"{_MEASURED} in {len(records)} iterations of {run}", work.ulysses
+    number = count_in_words(len(records), "iteration")
+    return found, flops, f"{_MEASURED} in {number} of {run}", work.ulysses
 
 
 def _seconds(value: object, default: float) -> float:

@@ -103,7 +103,7 @@ class TestOnRay:
         with pytest.raises(InsufficientResourcesError) as caught:
             reserve([Pool("small"), Pool("big", 2, cpus_per_rank=2)], timeout_s=0.5)
         told = " ".join(str(caught.value).split())
-        assert "of 4 CPU, 0 GPU are free on 1 machines" in told
+        assert "of 4 CPU, 0 GPU are free on 1 machine (" in told
         assert "small[0] asks for 1 CPU fits on" in told
         assert "big[1] asks for 2 CPU lacks" in told
         reserve([Pool("most", 3)], timeout_s=WAIT_S).release()

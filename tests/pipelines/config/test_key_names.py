@@ -38,6 +38,7 @@ ARGUMENTS = {
     ("require_setting", "found"): ANY_SETTING,
     ("require_divisible", "number"): ANY_SETTING,
     ("split_evenly", "number"): ANY_SETTING,
+    ("count_in_words", "number"): ANY_SETTING,
     ("_Limit", "limit"): ANY_SETTING,
     ("Source", "url"): ANY_PLACE,
     ("first_captions", "url"): ANY_PLACE,

@@ -1122,7 +1122,9 @@ class TestCommand:
     def test_a_validator_that_takes_the_only_gpu_is_named(self):
         result = sgmd("plan", "wan21-1.3b", "--model", "1.3b", "--gpus", 1)
         assert result.exit_code == 2
-        assert "no GPU left for the roles beside validator 1" in result.stderr
+        assert "planning for 1 GPU: no GPU left for the roles beside validator 1" in " ".join(
+            result.stderr.split()
+        )
         assert (
             "Set validation.every=0, and `sgmd evaluate RUN` after the run; or give --gpus 2"
             in (result.stderr)
