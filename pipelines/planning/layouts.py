@@ -29,6 +29,7 @@ from pipelines.planning.search import Prediction
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.traffic import exchanged_bytes, gathered_bytes, result_bytes
 from pipelines.planning.workload import StageName, Workload
+from pipelines.stages.algorithm import MIX_WEIGHTS, TRAINED_WEIGHTS
 from sgmd_core.errors import ConfigError
 
 ACCELERATOR = "ray.io/accelerator-type"
@@ -306,6 +307,7 @@ def _costs(
 ) -> Costs:
     weights = 4 * work.shape.num_parameters
     gathered, sent, exchanged = gathered_bytes(work), result_bytes(work), exchanged_bytes(work)
+    giver, _ = teams[GENERATOR].process(GENERATOR, 0)
     measured = replace(work, ulysses=times.ulysses)
     in_measured = exchanged_bytes(measured)
 
@@ -317,6 +319,9 @@ def _costs(
         ranks, own = one.ranks[pool], one.hardware_of(pool, hardware)
         if call.micro_batch is None:
             step_s = update_s(work, own, call.role, ranks)
+            if call.stage == MIX_WEIGHTS.name and pool == giver and ranks > 1:
+                # To the first rank it is no way, to the others that of any result.
+                return step_s / 10 + own.wire_latency_s + weights / own.wire_bandwidth
             return step_s if call.stage == "step" else step_s / 10
         name = (call.role, call.stage)
         sample_s = times.seconds[name] / one.speed_of(pool, hardware)
@@ -338,7 +343,7 @@ def _costs(
         return max(working_s, own.gather_s(gathered[name], ranks))
 
     def bytes_of(call: Call) -> float:
-        if call.stage == "trained_weights":
+        if call.stage == TRAINED_WEIGHTS.name:
             return weights
         # A process takes what concerns its own samples.
         parties = one.ranks[pool_of(call)] // work.company(call.role)

@@ -302,8 +302,8 @@ def _ulysses(work: Workload) -> list[str]:
     """Returns what a sample that several ranks share comes to."""
     return [
         f"{role}.compute.ulysses {number}: each sample lies on {number} ranks, so a rank has "
-        f"1/{number} of its activations and work; the exchange of tokens and heads around "
-        "attention is not in the seconds"
+        f"1/{number} of its activations and work; the seconds contain the exchange of tokens for "
+        "heads around attention, at the bandwidth between these ranks"
         for role, number in work.ulysses
     ]
 

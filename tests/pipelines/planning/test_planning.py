@@ -186,7 +186,9 @@ class TestSamplesOverSeveralRanks:
         settings = ["topology.pools.learn.ranks=4", "batch.micro_batches=4"]
         done = sgmd(*recipe, "generator.compute.ulysses=4", *settings)
         assert done.exit_code == 0, done.output
-        assert "generator.compute.ulysses 4: each sample lies on 4 ranks" in done.output
+        words = " ".join(done.output.split())
+        assert "generator.compute.ulysses 4: each sample lies on 4 ranks" in words
+        assert "the seconds contain the exchange of tokens for heads" in words
 
     @pytest.mark.parametrize(("number", "words"), [(5, "12 heads"), (24, "12 heads")])
     def test_heads_that_do_not_divide_are_refused(self, number, words):
@@ -726,6 +728,26 @@ class TestSearch:
         )
         sent_s = 4 * SMALL.shape.num_parameters / 1e9
         assert 0.9 * sent_s < with_it - without < 1.1 * sent_s
+
+    def test_weights_that_are_handed_over_within_a_pool_cost_the_way_to_its_other_ranks(self):
+        mixing = replace(SMALL, fresh_updates=1, mixes_weights=True, batch_size=4)
+        hardware = Hardware(flops=1e17, wire_bandwidth=1e9)
+
+        def spent_s(num_gpus: int) -> float:
+            with_it, without = (
+                fused_layout(
+                    replace(mixing, mixes_weights=mixes),
+                    modelled(mixing, hardware),
+                    hardware,
+                    num_gpus,
+                ).iteration_s
+                for mixes in (True, False)
+            )
+            return with_it - without
+
+        sent_s = 4 * SMALL.shape.num_parameters / 1e9
+        assert spent_s(1) < 0.01 * sent_s
+        assert 0.99 * sent_s < spent_s(2) < 1.01 * sent_s
 
     def test_another_batch_size_is_offered_where_it_uses_the_gpus_better(self):
         work, hardware = replace(SMALL, batch_size=16), Hardware()
