@@ -102,6 +102,8 @@ def _placed(
     micro_batches: int,
     kinds: dict[str, GpuKind],
 ) -> Iterator[PoolMap]:
+    if not work.suits(micro_batches, ranks[fake_score]):
+        return
     places = {GENERATOR: (generator,), TEACHER: teacher, FAKE_SCORE: (fake_score,)}
     # A discriminator works on the samples of generator or fake score.
     judges = [{}] if work.heads is None else [{DISCRIMINATOR: (generator,)}]

@@ -84,7 +84,7 @@ def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
         for parties in product(wanted, repeat=2):
             learn = parties[0] * work.company(GENERATOR)
             score = parties[1] * work.company(FAKE_SCORE)
-            if not uses_half(work, num_gpus, learn, score):
+            if not (uses_half(work, num_gpus, learn, score) and work.suits(micro_batches, score)):
                 continue
             for teacher in ((LEARN, SCORE), (LEARN,), (SCORE,)):
                 places = {GENERATOR: (LEARN,), TEACHER: teacher, FAKE_SCORE: (SCORE,)}
@@ -109,11 +109,18 @@ def fused_memory(work: Workload, num_gpus: int) -> RankMemory:
 
 
 def fused_map(work: Workload, num_gpus: int) -> PoolMap:
-    """All three roles on every GPU that shortens the iteration, one sample a rank at a time."""
+    """All three roles on every GPU that shortens the iteration, one sample a rank at a time.
+
+    Ranks of a fake score that has pairs of samples take one of them at a time.
+    """
     company = work.company(*work.roles)
     most = -(-work.batch_size // max(1, num_gpus // company))
     # Ranks that would only make more of the last round idle are left out.
     ranks = company * -(-work.batch_size // most)
+    if work.paired:
+        pairs = work.batch_size // 2
+        parties = max(n for n in range(1, num_gpus // company + 1) if pairs % n == 0)
+        ranks, most = company * parties, pairs // parties
     return PoolMap({FUSED: ranks}, dict.fromkeys(work.roles, (FUSED,)), most)
 
 

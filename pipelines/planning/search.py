@@ -136,10 +136,10 @@ def find_batch(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: 
 
     Returns:
         A size within a quarter of the workload's, up or down; its own if no other is better, and
-        with a discriminator, or where ranks work on samples together, which classic pools are not
-        planned for.
+        where a rank has pairs of samples, with a discriminator, or where ranks work on samples
+        together: classic pools are not planned for these two.
     """
-    if work.heads is not None or work.ulysses:
+    if work.heads is not None or work.ulysses or work.paired:
         return work.batch_size
     best: tuple[float, int] = (float("inf"), work.batch_size)
     for split, size in _free_splits(work.batch_size, num_gpus):
@@ -161,7 +161,7 @@ def candidates(work: Workload, num_gpus: int) -> Iterator[PoolSplit]:
     for micro_batches in _divisors(work.batch_size):
         samples = work.batch_size // micro_batches
         for generator, fake_score in product(_divisors(samples), repeat=2):
-            for ranks in _TEACHER_RANKS:
+            for ranks in _TEACHER_RANKS if work.suits(micro_batches, fake_score) else ():
                 left = (num_gpus - generator - fake_score) // ranks
                 if left >= 1 and samples % ranks == 0:
                     teacher = min(left, work.batch_size // ranks)

@@ -115,6 +115,7 @@ class Workload:
             anything but the generator where `has_companion`; 0 where all is trained.
         has_companion: Whether the generator's rollouts begin with that expert, which is frozen.
         largest: Of several sizes, the one that memory is counted at, as people write it.
+        paired: Whether each rank of the fake score has pairs of samples (`fake_score.gap`).
     """
 
     shape: DenoiserShape
@@ -159,6 +160,7 @@ class Workload:
     idle_expert: int = 0
     has_companion: bool = False
     largest: str = ""
+    paired: bool = False
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -220,6 +222,7 @@ class Workload:
             idle_expert=0 if config.model.alone is None else shape.denoiser.num_parameters,
             has_companion=config.model.alone == "low",
             largest=largest_size_label(config, buckets, shape.denoiser),
+            paired=config.fake_score.gap == "shuffled",
         )
 
     @property
@@ -249,6 +252,11 @@ class Workload:
             return 1
         together = dict(self.ulysses)
         return math.lcm(*(together.get(role, 1) for role in roles))
+
+    def suits(self, micro_batches: int, ranks: int) -> bool:
+        """Returns True if so many ranks of the fake score may share a batch of so many parts."""
+        parties = ranks // self.company(FAKE_SCORE)
+        return not self.paired or self.batch_size % (2 * micro_batches * parties) == 0
 
     def samples_of_a_rank(self, role: str, num_samples: int, ranks: int) -> float:
         """Most samples that a rank works through; a part of one where ranks work together.

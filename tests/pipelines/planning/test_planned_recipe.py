@@ -9,8 +9,8 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.config.topology import NamedPoolSettings
 from pipelines.planning.hardware import Hardware, parse_kinds
 from pipelines.planning.layouts import Layout, fastest_map, fused_layout, map_layout
-from pipelines.planning.mixed import SPARE
-from pipelines.planning.plan import Plan
+from pipelines.planning.mixed import SPARE, mixed_layouts
+from pipelines.planning.plan import Plan, best_layouts
 from pipelines.planning.planned_recipe import planned_recipe
 from pipelines.planning.pool_maps import LEARN, PoolMap
 from pipelines.planning.stage_times import StageTimes, modelled, rescaled
@@ -34,6 +34,11 @@ def written(config: DistillConfig, work: Workload, layout: Layout | None) -> Dis
 
 def mapped(work: Workload) -> Layout | None:
     return map_layout(work, modelled(work, Hardware()), Hardware(), 2)
+
+
+def mixed(work: Workload) -> list[Layout]:
+    kinds = parse_kinds(KINDS, Hardware())
+    return mixed_layouts(work, modelled(work, kinds[0].hardware), kinds)
 
 
 def on_two_kinds(work: Workload) -> Layout | None:
@@ -87,6 +92,19 @@ def test_equal_gpus_of_a_plan_have_no_speed_of_the_recipe():
     found = written(config, work, mapped(work)).topology.pools
     assert found["learn"] == NamedPoolSettings(cpus=3, gpus=1)
     assert found["score"].speed == 1
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2, 3, 5])
+def test_every_layout_of_a_shuffled_gap_leaves_ranks_pairs_of_samples(num_gpus):
+    config, work = made("fake_score.gap=shuffled")
+    layouts = best_layouts(work, modelled(work, Hardware()), Hardware(), num_gpus)
+    assert len(layouts) == min(num_gpus, 3)
+    for layout in layouts:
+        assert written(config, work, layout).topology.mode == layout.name
+    kinds = mixed(work)
+    assert kinds
+    for layout in kinds:
+        written(config, work, layout)
 
 
 def test_a_stage_whose_work_another_one_does_has_measured_seconds_of_0():
