@@ -187,8 +187,9 @@ def _words(result: "Plan") -> list[str]:
     return [
         f"{told['layout']}: {told['iteration_s']:.4g} s an iteration, "
         f"{told['gpu_hours_per_1000_iterations']:.4g} GPU-hours for 1000; "
-        f"stage times {told['stage_times']}",
+        f"{_gathered(result.best)}; stage times {told['stage_times']}",
         *(_beside(layout) for layout in result.layouts[1:]),
+        *(f"{name}: {reason}" for name, reason in result.left_out.items()),
         f"settings: {' '.join([_set(told['settings']), *result.memory_settings])}",
     ]
 
@@ -219,9 +220,12 @@ def _beside(layout: "Layout") -> str:
     return (
         f"{layout.title}: {layout.iteration_s:.4g} s on "
         f"{count_in_words(layout.num_gpus, 'GPU')}, busy {busy}; "
-        f"{fullest:.0f} GB a GPU, which {fits}; {layout.gathered_bytes / 1e9:.3g} GB of weights "
-        "gathered"
+        f"{fullest:.0f} GB a GPU, which {fits}; {_gathered(layout)}"
     )
+
+
+def _gathered(layout: "Layout") -> str:
+    return f"{layout.gathered_bytes / 1e9:.3g} GB of weights gathered"
 
 
 def _set(settings: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from sgmd_core.words import count_in_words
 
-_LEAST_OF_A_MAP = 2
+_LEAST_GPUS = {"map": 2, "pools": len(ROLES)}
 _MOST_GPUS = 8192
 _MOST_MEMORY_GB = 1024
 
@@ -59,6 +59,16 @@ class Plan:
     def best(self) -> Layout:
         """The fastest layout that fits."""
         return self.layouts[0]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Reason for each kind of layout that is not planned; none over several kinds of GPU."""
+        found = {layout.name for layout in self.layouts}
+        return {
+            name: _reason(name, least, self.work, self.num_gpus)
+            for name, least in _LEAST_GPUS.items()
+            if name not in found and not self.kinds
+        }
 
     @property
     def gpus_beside(self) -> int:
@@ -169,9 +179,9 @@ def best_layouts(
     """
     given = (work, times, hardware, num_gpus)
     found = [fused_layout(*given)]
-    if num_gpus >= _LEAST_OF_A_MAP and (mapped := map_layout(*given, below_s)):
+    if num_gpus >= _LEAST_GPUS["map"] and (mapped := map_layout(*given, below_s)):
         found.append(mapped)
-    if num_gpus >= len(ROLES) and (classic := find_best(*given, below_s)):
+    if num_gpus >= _LEAST_GPUS["pools"] and (classic := find_best(*given, below_s)):
         found.append(pools_layout(work, classic))
     return sorted(found, key=lambda layout: (not layout.fits, layout.iteration_s))
 
@@ -208,6 +218,17 @@ def make_mixed_plan(
     num_gpus = sum(kind.num_gpus for kind in left)
     hardware = kinds[0].hardware
     return Plan(work, hardware, num_gpus, times, tuple(layouts), beside or {}, kinds=tuple(kinds))
+
+
+def _reason(name: str, least: int, work: Workload, num_gpus: int) -> str:
+    """Says why a kind of layout is not planned."""
+    if name == "pools" and work.heads is not None:
+        return "not planned for a method with a discriminator"
+    if name == "pools" and work.ulysses:
+        return "not planned with compute.ulysses"
+    if num_gpus < least:
+        return f"takes {least} GPUs at least"
+    return "fits in no size"
 
 
 def _without(kinds: Sequence[GpuKind], taken: int) -> list[GpuKind]:

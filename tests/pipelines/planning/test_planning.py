@@ -1164,6 +1164,22 @@ class TestCommand:
         for words in ("fake score", "GB a GPU", "batch.micro_batches=", "gathered"):
             assert words in result.output
 
+    def test_every_layout_has_its_line_and_the_best_one_its_traffic(self):
+        asked = ["plan", "tiny", "batch={size: 4, micro_batches: 2}", "validation.every=0"]
+        adversarial = "objective.method=adm"
+        expected = {
+            (1,): {"map: takes 2 GPUs at least", "pools: takes 3 GPUs at least"},
+            (2,): {"pools: takes 3 GPUs at least"},
+            (3,): set(),
+            (3, adversarial): {"pools: not planned for a method with a discriminator"},
+        }
+        for (gpus, *more), reasons in expected.items():
+            words = sgmd(*asked, "--gpus", gpus, *more).output
+            lines = {line.strip() for line in words.splitlines()}
+            assert {line for line in lines if ": takes" in line or "not planned" in line} == reasons
+            planned = 3 - len(reasons)
+            assert " ".join(words.split()).count("GB of weights gathered") == planned
+
     def test_the_cost_of_a_measured_lag_is_said(self):
         options = ("--model", "1.3b", "--gpus", 64, "--json")
         told = json.loads(sgmd("plan", "wan21-1.3b", *options, "lag.every=100").stdout)
