@@ -24,7 +24,14 @@ from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.config.topology import FUSED
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.memory import RankMemory
-from pipelines.planning.pool_maps import PoolMap, fused_map, map_fits, map_memory, pool_maps
+from pipelines.planning.pool_maps import (
+    FEW_MICRO_BATCHES,
+    PoolMap,
+    fused_map,
+    map_fits,
+    map_memory,
+    pool_maps,
+)
 from pipelines.planning.search import Prediction
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.traffic import exchanged_bytes, gathered_bytes, result_bytes
@@ -35,7 +42,7 @@ from sgmd_core.errors import ConfigError
 ACCELERATOR = "ray.io/accelerator-type"
 """Label that Ray gives a machine by its GPUs."""
 _MAX_DEPTH = 4
-_SIMULATED = 16
+_SIMULATED, _SIMULATED_LONG = 16, 2
 AS_FAST = 1.005
 """Times that are taken for equal: then fewer GPUs and micro-batches in flight decide."""
 
@@ -169,7 +176,12 @@ def fastest_map(
 ) -> Layout | None:
     """The fastest of some maps, of equally fast ones the smallest; None if nothing fits."""
     ordered = sorted(candidates, key=lambda one: _bound_s(work, times, hardware, one))
-    fitting = islice((one for one in ordered if map_fits(work, hardware, one)), _SIMULATED)
+    few = (one for one in ordered if one.micro_batches <= FEW_MICRO_BATCHES)
+    many = (one for one in ordered if one.micro_batches > FEW_MICRO_BATCHES)
+    fitting: list[PoolMap] = []
+    # Schedules of many micro-batches take long to work through.
+    for some, most in ((few, _SIMULATED), (many, _SIMULATED_LONG)):
+        fitting = fitting or [*islice((one for one in some if map_fits(work, hardware, one)), most)]
     found = [
         _simulated("map", work, times, hardware, deeper, _map_settings(deeper, hardware))
         for one in fitting

@@ -18,7 +18,9 @@ from pipelines.planning.memory import (
 from pipelines.planning.workload import Workload
 
 LEARN, SCORE = "learn", "score"
-_MOST_MICRO_BATCHES = 32
+FEW_MICRO_BATCHES = 32
+"""Micro-batches up to which every number is tried; more gain nothing but memory."""
+_MOST_MICRO_BATCHES = 1024
 _MOST_SAMPLES = 8
 """Of a rank in one call; the smallest number of ranks takes them all."""
 
@@ -59,9 +61,20 @@ def ranks_wanted(batch_size: int) -> Iterator[tuple[int, list[int]]]:
 
     Others would wait for the rank with the most samples.
     """
-    for micro_batches in range(1, min(_MOST_MICRO_BATCHES, batch_size) + 1):
+    for micro_batches in _micro_batches(batch_size):
         size = -(-batch_size // micro_batches)
         yield micro_batches, sorted({-(-size // share) for share in range(1, _MOST_SAMPLES + 1)})
+
+
+def _micro_batches(batch_size: int) -> Iterator[int]:
+    """Numbers of micro-batches: all small ones, then twice as many each time, and one a sample."""
+    yield from range(1, min(FEW_MICRO_BATCHES, batch_size) + 1)
+    number = 2 * FEW_MICRO_BATCHES
+    while number < min(batch_size, _MOST_MICRO_BATCHES):
+        yield number
+        number *= 2
+    if FEW_MICRO_BATCHES < batch_size <= _MOST_MICRO_BATCHES:
+        yield batch_size
 
 
 def uses_half(work: Workload, num_gpus: int, learn: int, score: int) -> bool:

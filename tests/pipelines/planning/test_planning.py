@@ -699,6 +699,18 @@ class TestSearch:
         assert max(few.num_gpus, many.num_gpus) <= 8
         assert many.iteration_s <= few.iteration_s
 
+    def test_a_large_batch_is_cut_into_as_many_parts_as_memory_asks_for(self):
+        work, tight = replace(SMALL, batch_size=66), Hardware(memory_gb=50)
+        found = map_layout(work, modelled(work, tight), tight, 2)
+        assert found is not None
+        assert found.fits
+        assert found.settings["batch.micro_batches"] == 66
+        # Where a rank holds several samples no more parts are made than the search always tries.
+        roomy = map_layout(work, modelled(work, Hardware()), Hardware(memory_gb=160), 2)
+        assert roomy is not None
+        assert roomy.settings["batch.micro_batches"] <= 32
+        assert roomy.iteration_s < 1.02 * found.iteration_s
+
     @pytest.mark.slow
     def test_more_memory_never_makes_a_plan_slower(self):
         times = modelled(SMALL, Hardware())
