@@ -115,7 +115,7 @@ class Usage:
 
     @property
     def busy_share(self) -> float:
-        """Part of the time that it result."""
+        """Part of the time that it works."""
         whole = self.busy_s + self.transferring_s + self.waiting_s
         return self.busy_s / whole if whole else 0.0
 
