@@ -284,8 +284,10 @@ class TestWork:
     )
     def test_an_iteration_has_another_walk_only_where_a_recipe_may_ask_for_it(self, settings):
         work = Workload.of(load_recipe("wan21-1.3b"), "1.3b")
-        assert work.other_walk == replace(work, joint_walk=True)
-        assert work.other_walk.other_walk == work
+        other = work.other_walk
+        assert other == replace(work, joint_walk=True)
+        assert other is not None
+        assert other.other_walk == work
         assert Workload.of(load_recipe("wan21-1.3b", settings), "1.3b").other_walk is None
         # The family of two experts does not walk so.
         assert Workload.of(load_recipe("wan22-a14b"), "a14b").other_walk is None
@@ -808,7 +810,9 @@ class TestRefusals:
             make_plan(SMALL, modelled(SMALL, small), small, 1)
         words = str(refused.value)
         number, *settings = re.findall(r"with (\d+) GPUs and (\S+)", words)[0]
-        assert f"{settings[0]} " in " ".join(fitting_savings(SMALL, small, int(number))[1])
+        found = fitting_savings(SMALL, small, int(number))
+        assert found is not None
+        assert f"{settings[0]} " in " ".join(found[1])
         assert fitting_savings(SMALL, small, int(number) - 1) is None
         plain = int(re.findall(r"with (\d+) GPUs;", words)[0])
         assert run_fits(SMALL, small, plain)
@@ -828,7 +832,9 @@ class TestRefusals:
         large, tight = replace(LARGE, batch_size=8), Hardware()
         with pytest.raises(ConfigError, match=r"It would fit with generator\.") as refused:
             make_plan(large, modelled(large, tight), tight, 8)
-        saved, settings = fitting_savings(large, tight, 8)
+        found = fitting_savings(large, tight, 8)
+        assert found is not None
+        saved, settings = found
         assert " ".join(settings) in str(refused.value)
         plan = make_plan(saved, modelled(saved, tight), tight, 8)
         assert plan.best.fits
