@@ -11,8 +11,10 @@ CPU seconds of a placement are those of this process, which calls, and of the pr
 text encoder and feed; those of Ray's own (raylet, GCS and their agents) stand beside them. Each of
 these processes also looks for signals a hundred times a second, whatever it does: what they spend
 while nothing is asked of them is measured and taken off in `busy_over_local`. `threads` has those
-of the main thread and of all others, process by process. On a machine with other work CPU seconds
-hold, and wall seconds do not; all processes get the priority of this one's session.
+of the main thread and of all others, process by process. `stages_over_local` has the time inside of
+the stages' methods alone, over that of the one process: what calls that cost nothing would leave,
+where nothing else takes the cores. On a machine with other work CPU seconds hold, and wall seconds
+do not; all processes get the priority of this one's session.
 
 Roles of several processes compute at once, and cores that compute at once share caches, memory and
 clock: the same work then takes more CPU seconds. `--beside` tells this apart from what a placement
@@ -69,6 +71,7 @@ rank a role and pool. (Copies of the teacher in mode `pools` cut each micro-batc
 _RAYS_OWN = "Ray's "
 _CALLER = "caller"
 _IDLE_S = 5.0
+_ANSWER_S = 60.0
 _COMPANY_READY = "ready"
 
 
@@ -83,6 +86,7 @@ class Spent:
         parts: Of these, by name of the process.
         losses: Of the last iteration.
         threads: CPU seconds of the main thread of each process, and of its others, by its groups.
+        stages_s: Of the clock, inside of the stages' methods, the text encoder's included.
     """
 
     wall_s: float
@@ -91,6 +95,7 @@ class Spent:
     parts: dict[str, float]
     losses: dict[str, float]
     threads: dict[str, tuple[float, float]]
+    stages_s: float
 
 
 class Stand:
@@ -131,6 +136,7 @@ class Stand:
 
     def run(self, count: int) -> Spent:
         """Makes some iterations."""
+        self._stage_seconds()
         others, threads = self._others(), self._threads()
         wall, own = time.perf_counter(), time.process_time()
         losses: dict[str, float] = {}
@@ -149,7 +155,10 @@ class Stand:
             name: ((main - threads[name][0]) / count, (rest - threads[name][1]) / count)
             for name, (main, rest) in self._threads().items()
         }
-        return Spent(wall / count, own / count + roles_s, rays_s, parts, losses, by_thread)
+        stages_s = self._stage_seconds() / count
+        return Spent(
+            wall / count, own / count + roles_s, rays_s, parts, losses, by_thread, stages_s
+        )
 
     def idle_share(self) -> float:
         """CPU seconds of the started processes, without Ray's own, in a second without work."""
@@ -158,6 +167,17 @@ class Stand:
         found, took_s = self._others() - before, time.perf_counter() - began
         spent_s = sum(s for name, s in found.items() if not name.startswith(_RAYS_OWN))
         return spent_s / took_s
+
+    def _stage_seconds(self) -> float:
+        """Seconds inside of the methods of roles and text encoder since this was last asked."""
+        groups = [group for group in self._groups.all if group is not self._groups.feed]
+        works = [
+            work
+            for group in groups
+            for each in group.fetch(group.ask_work(), _ANSWER_S, "reading the times of stages")
+            for work in each
+        ]
+        return sum(work.ended_s - work.began_s for work in works)
 
     def _threads(self) -> dict[str, tuple[float, float]]:
         return {name: thread_seconds(pid) for pid, name in self._names.items()}
@@ -304,6 +324,7 @@ def _summary(turns: Sequence[Mapping[str, Spent]], idle: float) -> dict[str, Any
         "idle_cpu_share": idle,
         "ray_cpu_s": statistics.median(spent.ray_cpu_s for spent in own),
         "wall_s": statistics.median(spent.wall_s for spent in own),
+        "stages_s": statistics.median(spent.stages_s for spent in own),
         "threads": threads,
         "cpu_s_by_process": dict(sorted(by_part.items(), key=lambda part: -part[1])),
     }
@@ -329,6 +350,7 @@ def _over(pairs: Sequence[tuple[Spent, Spent]], name: str, idle: float) -> dict[
         f"cpu_over_{name}_min": min(over),
         f"cpu_over_{name}_max": max(over),
         f"busy_over_{name}": statistics.median(busy),
+        f"stages_over_{name}": statistics.median(own.stages_s / one.stages_s for own, one in pairs),
         f"{name}_wall_s": statistics.median(one.wall_s for _, one in pairs),
         f"wall_over_{name}": statistics.median(own.wall_s / one.wall_s for own, one in pairs),
     }
