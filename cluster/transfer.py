@@ -11,8 +11,8 @@ A record arrives by calling its class with its fields, so checks in its `__post_
 sides. Tensors arrive on the CPU; the receiver moves them to its device.
 
 A value with few bytes of arrays is pickled here, as bytes, which Ray passes on as they are: its own
-pickler runs in Python and costs several times as much. Larger ones are left to it, so that they are
-not copied.
+pickler runs in Python and costs several times as much. Values with larger arrays are left to it, so
+that these are not copied.
 
 A record may name tensors that can travel narrower than they are, each under a kind; a group is told
 which kinds do. Such a tensor is rounded to bfloat16, which halves a float32 one, and arrives in its
@@ -158,14 +158,14 @@ def from_wire(wire: object) -> Any:  # noqa: ANN401 - mirrors its input
 
 
 def pack(wire: object) -> object:
-    """A small wire value as the bytes of its pickle; any other one as it is.
+    """A wire value with few bytes of arrays as the bytes of its pickle; any other one as it is.
 
     Args:
         wire: What `to_wire` has made, or plain records.
 
     Returns:
-        Bytes, never without a pickle in them; or the value itself, if it has many bytes of arrays,
-        or something that pickle cannot name for another process.
+        Bytes, which always are a pickle; or the value itself, which then is no bytes: it has many
+        bytes of arrays, or a class that pickle cannot name for another process.
     """
     if array_bytes(wire) > _MOST_PACKED_BYTES:
         return wire
@@ -174,7 +174,8 @@ def pack(wire: object) -> object:
     except (pickle.PicklingError, AttributeError, TypeError):
         # Such as a class within a function, which Ray sends along.
         return wire
-    return wire if _SCRIPT in packed else packed
+    names_script = _SCRIPT in packed and type(wire) is not bytes
+    return wire if names_script else packed
 
 
 def unpack(sent: object) -> Any:  # noqa: ANN401 - mirrors what was packed

@@ -24,6 +24,7 @@ from ray.exceptions import (
 from cluster.errors import (
     CallTimeoutError,
     ClusterError,
+    RemoteCallError,
     StartTimeoutError,
 )
 from cluster.joined import JoinedFuture
@@ -196,14 +197,13 @@ class RayWorkerGroup(WorkerGroup[W]):
         futures = [_as_future(future, phase) for future in futures]
         references = list(dict.fromkeys(future.reference for future in futures))
         try:
-            answers = map(unpack, ray.get(references, timeout=timeout_s))
+            answers = dict(zip(references, ray.get(references, timeout=timeout_s), strict=True))
         except GetTimeoutError:
             raise CallTimeoutError(*late_call(futures), phase, timeout_s) from None
         except RayError as error:
             # Ray tells the failure that it met first; the first future's may be its cause.
             raise_cause(first_failure(futures) or error, futures, phase)
-        found = dict(zip(references, answers, strict=True))
-        wires = [_own_part(future, found[future.reference]) for future in futures]
+        wires = _own_parts(futures, answers, phase)
         for future, wire in zip(futures, wires, strict=True):
             where = "result" if isinstance(wire, LocalRef) else array_in(wire)
             if where is not None:
@@ -405,9 +405,25 @@ def _fate(seat: _Seat) -> tuple[bool, bool, bool]:
     return keep, keep and elsewhere, elsewhere and not keep
 
 
-def _own_part(future: RayFuture[Any], value: Any) -> Any:  # noqa: ANN401 - what a call returns
-    """A call's own result, of what it returned together with others."""
-    return value if future.entry is None else value[future.entry]
+def _own_parts(
+    futures: Sequence[RayFuture[Any]], answers: Mapping[ray.ObjectRef, Any], phase: str
+) -> list[Any]:
+    """The result of each call, of what several may have returned together."""
+    found: dict[ray.ObjectRef, Any] = {}
+    for future in futures:
+        reference = future.reference
+        if reference in found:
+            continue
+        try:
+            found[reference] = unpack(answers[reference])
+        except Exception as error:
+            raise RemoteCallError(
+                phase,
+                f"the result of {future.method}() of {future.group} rank {future.rank} cannot be "
+                f"read here: {type(error).__name__}: {error}",
+            ) from error
+    values = ((future, found[future.reference]) for future in futures)
+    return [value if future.entry is None else value[future.entry] for future, value in values]
 
 
 def _entry_of(value: object, sent: object) -> int | None:

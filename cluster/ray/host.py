@@ -216,8 +216,13 @@ class Host:
         spec: CallSpec = unpack(packed_spec)
         result = self._run(spec, sent, keywords)
         if spec.direct:
-            return result
-        return tuple(map(pack, cast(tuple[object, ...], result))) if spec.send else pack(result)
+            # Bytes are always a pickle to those who receive them.
+            return pack(result) if type(result) is bytes else result
+        if not spec.send:
+            return pack(result)
+        own, wire = cast(tuple[object, object], result)
+        packed = pack(wire)
+        return packed if own is wire else pack(own), packed
 
     def run_batch(self, packed_specs: object, /, *sent: object) -> object:
         """Runs several methods, one after another; see `cluster.ray.batch`.

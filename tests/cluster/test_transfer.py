@@ -196,7 +196,8 @@ class TestPacking:
 
         assert pack(large) is large
         assert unpack(large) is large
-        assert unpack(pack(b"a caption")) == b"a caption"
+        for text in (b"a caption", b"one of __main__"):
+            assert unpack(pack(text)) == text
 
     def test_what_another_process_does_not_have_by_name_is_left_to_ray(self, monkeypatch):
         @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from enum import StrEnum
+from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -106,6 +107,14 @@ class Toy:
 
     def explode_unpicklably(self) -> int:
         raise UnpicklableError(1, 2)
+
+    def foreign(self) -> object:
+        """A record whose class this process alone has, as with another version of the code."""
+        module = ModuleType("only_in_the_process_of_the_toy")
+        sys.modules[module.__name__] = module
+        record = make_dataclass("Foreign", ["number"], namespace={"__module__": module.__name__})
+        vars(module)["Foreign"] = record
+        return record(1)
 
     def sleep(self, seconds: float) -> float:
         time.sleep(seconds)

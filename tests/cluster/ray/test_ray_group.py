@@ -79,6 +79,12 @@ def test_an_error_that_cannot_travel_is_told_in_words(second):
         second.fetch([second.call_rank(0, Toy.explode_unpicklably)], WAIT_S, "training")
 
 
+def test_a_result_that_cannot_be_read_here_names_its_call(second):
+    future = second.call_rank(0, Toy.foreign)
+    with pytest.raises(RemoteCallError, match=r"foreign\(\) of second rank 0 .*No module named"):
+        second.fetch([future], WAIT_S, "training")
+
+
 def test_an_error_of_the_factory_keeps_its_type_and_is_told_to_whoever_does_not_wait(placement):
     with RayWorkerGroup("broken", make_nothing, (), placement, pool="doomed") as group:
         with pytest.raises(NonFiniteError, match="a toy"):
