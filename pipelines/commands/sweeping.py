@@ -53,16 +53,15 @@ def sweep_command(
             from pipelines.run.stop_rule import StopRule
             from pipelines.sweeping import run as job
 
+        goes_on = "auto" if resume_auto else resume
         if dry_run:
-            checked = job.dry_run_sweep(config)
+            checked = job.dry_run_sweep(config, resume=goes_on)
             words = "{trials} trials of {iterations} iterations; {checked} points checked"
             show(checked, as_json, words.format(**checked))
             return
         observer = LineObserver(console, StopRule(config.sweep.iterations))
         with live_trials(console, config.sweep) as on_trials:
-            result = job.sweep(
-                config, observer, on_trials=on_trials, resume="auto" if resume_auto else resume
-            )
+            result = job.sweep(config, observer, on_trials=on_trials, resume=goes_on)
     show(result.to_json(), as_json, *sweep_words(result))
 
 

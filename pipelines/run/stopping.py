@@ -214,24 +214,6 @@ def stop_requests(
             outer.received = outer.received or requests.received
 
 
-@contextmanager
-def answers_kept() -> Iterator[None]:
-    """Puts the handlers of these signals back that a library exchanges inside, and leaves so.
-
-    Ray Tune's would answer a stop once more after its trials have ended, and nothing would stop.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # One in C has no name here, and cannot be put back.
-                signal.signal(number, handler)
-
-
 def outermost_import(frame: FrameType | None) -> FrameType | None:
     """The import in which a frame is, and which is in no other one; None where it is in none.
 

@@ -9,11 +9,13 @@ the same order and are measured on the same captions and seeds.
 
 import os
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 from ray import tune
@@ -45,7 +47,7 @@ from pipelines.run.opened_copy import hold_place, working_copy
 from pipelines.run.places import local_of, shared_place
 from pipelines.run.publisher import publish_now, publishing
 from pipelines.run.ray_store import ray_store
-from pipelines.run.stopping import answers_kept
+from pipelines.run.stopping import StopRequests, stop_requests
 from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
 from pipelines.sweeping.page import write_sweep_page
@@ -173,17 +175,30 @@ def from_kept_start(config: DistillConfig, folder: Path) -> DistillConfig:
     return config.with_settings({"sweep.start_from": shared_place(folder / START)})
 
 
-def dry_run_sweep(config: DistillConfig) -> dict[str, int]:
+def dry_run_sweep(
+    config: DistillConfig, *, resume: bool | Literal["auto"] = False
+) -> dict[str, int]:
     """Checks a sweep without starting anything.
+
+    Args:
+        config: The recipe.
+        resume: As in `sweep`.
 
     Returns:
         Trials, iterations of each, and points that were checked.
 
     Raises:
-        SgmdError: A point does not fit.
+        SgmdError: A point does not fit, or the folder.
     """
     require_output_folder(config.output, "output")
-    checked_sweep(config)
+    with working_copy(sweep_place(config), ELSEWHERE):
+        folder = local_of(sweep_place(config))
+        if resume == "auto":
+            resume = (folder / _RECIPE).exists()
+        _require_folder(config, folder, resume=resume)
+        if resume:
+            require_kept_captions(config.data, folder, shared_place(folder))
+        checked_sweep(from_kept_start(config, folder) if resume else config, is_new=not resume)
     return {
         "trials": num_runs(config),
         "iterations": config.sweep.iterations,
@@ -197,6 +212,14 @@ def _take_folder(config: DistillConfig, folder: Path, *, resume: bool) -> None:
     Raises:
         ConfigError: The folder is not free, not there, or another sweep's.
     """
+    _require_folder(config, folder, resume=resume)
+    if not resume:
+        keep_captions(config.data, folder)
+        write_text(str(folder / _RECIPE), config.to_yaml())
+
+
+def _require_folder(config: DistillConfig, folder: Path, *, resume: bool) -> None:
+    """Checks that a new sweep can begin in a folder, or that this one has begun there."""
     began, place = folder / _RECIPE, shared_place(folder)
     if not resume:
         if began.exists():
@@ -206,8 +229,6 @@ def _take_folder(config: DistillConfig, folder: Path, *, resume: bool) -> None:
                 "a name that is free",
                 "Choose another one with name=..., go on with --resume, or delete the folder",
             )
-        keep_captions(config.data, folder)
-        write_text(str(began), config.to_yaml())
         return
     attempted = f"going on with the sweep in {place}"
     if not began.exists():
@@ -246,46 +267,97 @@ def _sweep(
 ) -> SweepResult:
     """Runs a checked sweep in a folder that this process holds."""
     total = num_runs(config)
-    if book.num_ended < total:
-        pools, lent = _pools(config)
-        side_by_side = min(config.sweep.concurrent_trials, total)
-        bundles = [*_bundles(pools) * side_by_side, *bundles_of(lent)]
-        num_cpus = own_cluster_size(config, bundles)
-        preload = (*modules_of(model_on_this_machine(config.model.folder)), *_MODULES_OF_TRIALS)
-        with (
-            start_ray(config.topology.address, num_cpus=num_cpus, preload=preload),
-            _lending(config, common.service, lent, events),
-        ):
-            events.note(f"sweeping {total} trials in {shared_place(folder)}")
-            events.tell()
-            seed_global_draws(config.seed)
-            try:
-                with answers_kept():
-                    results = _tuner(config, folder, common, pools, book.trials, events).fit()
-            except KeyboardInterrupt as stop:  # Tune answers the first Ctrl-C itself.
-                stop.add_note(_GO_ON)
-                raise
-        book.keep({Path(result.path).name for result in results}, events.note)
-    trials = book.trials
-    if book.num_ended < total:
-        raise StopRequestedError(
+
+    def tell(_: str) -> None:
+        events.note(f"{stops.received}: ending the trials; once more ends the process at once")
+
+    def interrupted() -> StopRequestedError:
+        return StopRequestedError(
             f"sweeping {config.name}",
-            f"interrupted with {book.num_ended} of {total} trials ended",
+            f"interrupted by {stops.received or 'Ray Tune'} with {book.num_ended} of {total} "
+            "trials ended",
             "all of them",
             _GO_ON,
         )
-    if not any(trial.state == "done" for trial in trials):
-        failures = [trial.error for trial in trials if trial.error]
-        raise ConfigError(
-            f"sweeping {', '.join(config.sweep.dimensions)}",
-            f"{len(failures)} of {len(trials)} trials failed, and the scheduler ended the others; "
-            f"the first failure: {next(iter(failures), 'none')}",
-            f"at least one trial that comes to its end with a {config.sweep.score}",
-            "Try one of them alone with `sgmd distill`",
-        )
-    result = write_results(config, folder, trials)
-    write_sweep_page(folder)
-    return result
+
+    with stop_requests(tell) as stops, stops.ending_in(interrupted):
+        if book.num_ended < total:
+            _search(config, folder, common, book, events, stops)
+        if book.num_ended < total:
+            raise interrupted()
+        trials = book.trials
+        if not any(trial.state == "done" for trial in trials):
+            failures = [trial.error for trial in trials if trial.error]
+            raise ConfigError(
+                f"sweeping {', '.join(config.sweep.dimensions)}",
+                f"{len(failures)} of {len(trials)} trials failed, and the scheduler ended the "
+                f"others; the first failure: {next(iter(failures), 'none')}",
+                f"at least one trial that comes to its end with a {config.sweep.score}",
+                "Try one of them alone with `sgmd distill`",
+            )
+        result = write_results(config, folder, trials)
+        write_sweep_page(folder)
+        return result
+
+
+def _search(
+    config: DistillConfig,
+    folder: Path,
+    common: CommonToTrials,
+    book: TrialBook,
+    events: TrialEvents,
+    stops: StopRequests,
+) -> None:
+    """Runs the trials that have not ended, until all have or a stop is asked for."""
+    total = num_runs(config)
+    pools, lent = _pools(config)
+    side_by_side = min(config.sweep.concurrent_trials, total)
+    bundles = [*_bundles(pools) * side_by_side, *bundles_of(lent)]
+    num_cpus = own_cluster_size(config, bundles)
+    preload = (*modules_of(model_on_this_machine(config.model.folder)), *_MODULES_OF_TRIALS)
+    with (
+        start_ray(config.topology.address, num_cpus=num_cpus, preload=preload),
+        _lending(config, common.service, lent, events),
+    ):
+        events.note(f"sweeping {total} trials in {shared_place(folder)}")
+        events.tell()
+        seed_global_draws(config.seed)
+        tuner = _tuner(config, folder, common, pools, book.trials, events)
+        with stops.finishing_iterations(), _tune_ends_on(stops):
+            results = tuner.fit()
+    book.keep({Path(result.path).name for result in results}, events.note)
+
+
+class _StopEvent(threading.Event):
+    """Is set once a stop was asked for.
+
+    Args:
+        stops: Has the signals.
+    """
+
+    def __init__(self, stops: StopRequests) -> None:
+        super().__init__()
+        self._stops = stops
+
+    def is_set(self) -> bool:
+        """Returns True once a signal has come."""
+        return bool(self._stops.received)
+
+
+@contextmanager
+def _tune_ends_on(stops: StopRequests) -> Iterator[None]:
+    """Ends a search of Tune's once a stop was asked for, by whichever signal.
+
+    Tune takes SIGINT and SIGUSR1 by itself, and does not tell which of them has come. Here it takes
+    none, and ends as it does on these: after its present step, with all that it knows written down.
+    """
+    module: Any = import_module("ray.tune.tune")
+    own = module._setup_signal_catching
+    module._setup_signal_catching = lambda: _StopEvent(stops)
+    try:
+        yield
+    finally:
+        module._setup_signal_catching = own
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """Spaces of settings: what a recipe may say, and the points that come of it."""
 
 import re
+from pathlib import Path
 
 import optuna
 import pytest
 
+from cluster.storage import write_text
 from pipelines.config.recipe import load_recipe
 from pipelines.config.sweep import SweepSettings
 from pipelines.sweeping.checks import checked_sweep
@@ -210,7 +212,28 @@ class TestRefusals:
         checked_sweep(config)
         assert "trials of the sweep: iterations 40 end within" in caplog.text
 
-    def test_a_dry_run_refuses_the_folder_that_the_sweep_would(self):
+    def test_a_dry_run_refuses_the_folder_that_the_sweep_would(
+        self, shapes_recipe: tuple[str, ...], tmp_path: Path
+    ):
         config = load_recipe("tiny", ["output=/dev/null/runs"])
         with pytest.raises(ConfigError, match="/dev/null is a device"):
             dry_run_sweep(config)
+        config = load_recipe("tiny", [*shapes_recipe, f"output={tmp_path}"])
+        with pytest.raises(ConfigError, match=r"no recipe\.yaml there"):
+            dry_run_sweep(config, resume=True)
+        assert dry_run_sweep(config, resume="auto") == dry_run_sweep(config)
+        write_text(str(tmp_path / "tiny-sweep" / "recipe.yaml"), config.to_yaml())
+        with pytest.raises(ConfigError, match="another one is there"):
+            dry_run_sweep(config)
+        assert dry_run_sweep(config, resume=True) == dry_run_sweep(config, resume="auto")
+        other = config.with_settings({"sweep.iterations": 7})
+        with pytest.raises(ConfigError, match=r"sweep\.iterations"):
+            dry_run_sweep(other, resume=True)
+
+    def test_a_dry_run_of_a_sweep_that_goes_on_checks_it_as_an_old_one(
+        self, shapes_recipe: tuple[str, ...], tmp_path: Path
+    ):
+        values = f"sweep.grid={{{NR}: [0.1, 0.1]}}"
+        config = load_recipe("tiny", [*shapes_recipe, values, f"output={tmp_path}"])
+        write_text(str(tmp_path / "tiny-sweep" / "recipe.yaml"), config.to_yaml())
+        assert dry_run_sweep(config, resume=True)["trials"] == 2
