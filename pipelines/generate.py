@@ -22,6 +22,8 @@ from cluster.files import write_whole
 from cluster.folders import files_at
 from cluster.inventory import memory_bytes
 from cluster.storage_errors import storage_errors
+from pipelines.data.making.manifest_rows import fault_of_text
+from pipelines.data.shards.caption_rule import is_blank
 from pipelines.media.inference import InferenceSettings, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
 from pipelines.run.folder import require_output_folder
@@ -167,7 +169,7 @@ def generate(
     require_output_folder(output, "--output")
     folder = model_folder(run_or_model)
     seeds = [seed] if isinstance(seed, int) else list(dict.fromkeys(seed))
-    _require_request(prompts, seeds, formats, zoom)
+    _require_request(prompts, seeds, formats, zoom, options.negative_prompt)
     family = family_of(folder)
     settings = _settings(family, folder, options.changes())
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -260,11 +262,16 @@ def _require_request(
     seeds: Sequence[int],
     formats: Sequence[str],
     zoom: int | None,
+    negative: str | None,
 ) -> None:
-    if not prompts or not all(prompt.strip() for prompt in prompts):
+    if not prompts or any(map(is_blank, prompts)):
         raise ConfigError(
             _ATTEMPTED, f"the prompts {list(prompts)}", "at least one, none of them empty"
         )
+    for text in (*prompts, negative or ""):
+        if (fault := fault_of_text(text)) is not None:
+            remedy = "Write it in UTF-8, or give --prompts a file"
+            raise ConfigError(_ATTEMPTED, f"a prompt that is {fault}", "text", remedy)
     if not seeds or min(seeds) < 0 or max(seeds) > _LARGEST_SEED:
         raise ConfigError(
             _ATTEMPTED, f"the seeds {list(seeds)}", f"at least one, each from 0 to {_LARGEST_SEED}"

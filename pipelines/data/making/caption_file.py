@@ -26,6 +26,7 @@ from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
 from pipelines.data.making.manifests import columns_in_words
 from pipelines.data.making.source_clip import Columns, SourceClip
 from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
+from pipelines.data.shards.caption_rule import is_blank
 from pipelines.data.shards.columns import ColumnNames, kind_of, require_named
 from pipelines.data.shards.filesystem import S3Settings, data_errors, open_folder
 from pipelines.data.shards.index import INDEX_NAME, write_index
@@ -145,8 +146,9 @@ def read_prompts(url: str, s3: S3Settings = S3Settings()) -> list[str]:
     prompts: list[str] = []
     bad: list[str] = []
     for clip in list_clips(url, Columns(path=None, caption=None), s3):
-        if isinstance(clip, SourceClip) and isinstance(clip.caption, str) and clip.caption.strip():
-            prompts.append(clip.caption.strip())
+        caption = clip.caption if isinstance(clip, SourceClip) else None
+        if isinstance(caption, str) and not is_blank(caption):
+            prompts.append(caption.strip())
         elif isinstance(clip, Rejection):
             bad.append(clip.in_words())
         else:

@@ -1,8 +1,10 @@
 """The rule that says which captions can be used: in prepare, check, encode and training alike.
 
-A caption is text in UTF-8, is not blank, and has no more characters than allowed; blanks around it
-do not count.
+A caption is text in UTF-8 of which something can be seen, and has no more characters than allowed;
+blanks around it do not count.
 """
+
+import unicodedata
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,17 @@ Fault = tuple[Reason, str]
 """A reason and what was found, in words."""
 
 _FIRST_BEYOND_ASCII = 0x80
+_DELETE = 0x7F
+# Control characters, such as NUL, and those that format others, such as the zero-width space.
+_INVISIBLE = ("Cc", "Cf")
+
+
+def is_blank(text: str) -> bool:
+    """Returns True if nothing of a text can be seen: blanks of any kind, invisible characters.
+
+    Pipelines drop most of them, so the networks would see the empty caption.
+    """
+    return all(char.isspace() or unicodedata.category(char) in _INVISIBLE for char in text)
 
 
 def caption_fault(text: str | None, max_chars: int) -> Fault | None:
@@ -24,9 +37,13 @@ def caption_fault(text: str | None, max_chars: int) -> Fault | None:
         text: The caption; None where a row has none.
         max_chars: Most characters, without blanks around them.
     """
-    num_chars = len((text or "").strip())
+    if text is None:
+        return Reason.EMPTY_CAPTION, "no text"
+    num_chars = len(text.strip())
     if not num_chars:
-        return Reason.EMPTY_CAPTION, "no text" if text is None else "nothing but blanks"
+        return Reason.EMPTY_CAPTION, "nothing but blanks"
+    if is_blank(text):
+        return Reason.EMPTY_CAPTION, "nothing but blanks and invisible characters"
     if num_chars > max_chars:
         return Reason.LONG_CAPTION, f"{num_chars} characters; at most {max_chars}"
     return None
@@ -78,7 +95,8 @@ def _are_surely_good(captions: pa.ChunkedArray, limit: int) -> bool:
         lengths = np.diff(borders)
         if chunk.null_count or not lengths.all() or (lengths > limit).any():
             return False
-        if (characters[borders[:-1]] <= ord(" ")).any():
+        first = characters[borders[:-1]]
+        if (first <= ord(" ")).any() or (first == _DELETE).any():
             return False
     return is_ascii(captions)
 

@@ -30,12 +30,20 @@ CAPTIONS = {
     "empty": "",
     "blank": " \t\n",
     "no-break": "\u00a0",
+    "separated": "\u2028\u3000\x85",
+    "nul": "\0\0",
+    "zero-width": "\u200b \u200d\ufeff",
+    "deleted": "\x7f",
 }
 FAULTS = {
     "long": ("long_caption", "11 characters; at most 10"),
     "empty": ("empty_caption", "nothing but blanks"),
     "blank": ("empty_caption", "nothing but blanks"),
     "no-break": ("empty_caption", "nothing but blanks"),
+    "separated": ("empty_caption", "nothing but blanks"),
+    "nul": ("empty_caption", "nothing but blanks and invisible characters"),
+    "zero-width": ("empty_caption", "nothing but blanks and invisible characters"),
+    "deleted": ("empty_caption", "nothing but blanks and invisible characters"),
 }
 
 
@@ -50,6 +58,18 @@ def shards(tmp_path) -> Path:
     return tmp_path
 
 
+def test_a_shard_in_ascii_is_looked_at_as_closely(tmp_path):
+    captions = {"good": "a", "nul": "\0", "deleted": "\x7f\x7f", "inside": "a\0b"}
+    table = pa.table({"sample_id": [*captions], "caption": [*captions.values()]})
+    pq.write_table(table, tmp_path / "part.parquet")
+    assert check_shards(str(tmp_path), CheckOptions(num_processes=0)).bad == {"empty_caption": 2}
+    settings = StreamSettings(Source(str(tmp_path)), 0, max_bad_fraction=1.0)
+    with Feed(settings, FeedProgress(), 4) as feed:
+        batch = feed.take(2)
+    assert {*batch.sample_ids} == {"good", "inside"}
+    assert {each.sample_id for each in batch.rejects} == {"nul", "deleted"}
+
+
 def test_training_and_check_and_encode_and_prepare_reject_the_same_captions_alike(shards):
     source = Source(str(shards / "captions"), max_caption_chars=LIMIT)
     settings = StreamSettings(source, 0, max_bad_fraction=1.0)
@@ -62,7 +82,7 @@ def test_training_and_check_and_encode_and_prepare_reject_the_same_captions_alik
 
     options = CheckOptions(max_caption_chars=LIMIT, num_processes=0)
     report = check_shards(str(shards / "captions"), options)
-    assert report.bad == {"empty_caption": 3, "long_caption": 1}
+    assert report.bad == {"empty_caption": 7, "long_caption": 1}
 
     prepared = {
         name: prepare_clip(SourceClip(name, "list.csv", 0, None, text), rules)
