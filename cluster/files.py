@@ -143,6 +143,24 @@ def kind_of_path(path: str | Path) -> str:
     return next((words for is_it, words in kinds if is_it(mode)), "a device")
 
 
+def real_path(path: str | Path) -> Path:
+    """The absolute path that a path leads to by its links; a link that leads to itself stays."""
+    return Path(os.path.realpath(path))
+
+
+def require_file(path: str | Path) -> None:
+    """Checks that nothing but a file, or nothing at all, stands at a local path.
+
+    Reading a named pipe or a device would wait without end, or find none.
+
+    Raises:
+        StorageError: Something else is there.
+    """
+    if (kind := kind_of_path(path)) not in ("", "a file"):
+        remedy = "Move it away, or put the file from a copy in its place"
+        raise StorageError(f"reading {path}", kind, "a file, or none", remedy)
+
+
 def require_writable(folder: str | Path, setting: str, *, is_file: bool = False) -> None:
     """Checks before a long job that its results can be written; makes nothing.
 

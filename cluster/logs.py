@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
-from cluster.files import open_in_place, sync_file
+from cluster.files import open_in_place, require_file, sync_file
 from cluster.storage_errors import storage_errors
 from sgmd_core.errors import CheckpointError
 
@@ -128,6 +128,9 @@ def read_lines(
     Returns:
         The lines in order. A last line without its end was torn by a crash; it is left out without
         a word.
+
+    Raises:
+        StorageError: There is something else than a file, or it cannot be read.
     """
     return [line for _, line in whole_lines(path, fields, on_broken)]
 
@@ -139,6 +142,7 @@ def every_line(path: Path, fields: Mapping[str, Kind]) -> list[dict[str, Any]]:
 
     Raises:
         CheckpointError: A line is broken, and whole ones follow it.
+        StorageError: As `read_lines`.
     """
     lines: list[dict[str, Any]] = []
     fault = ""
@@ -177,9 +181,10 @@ def _scanned(
     path: Path, fields: Mapping[str, Kind]
 ) -> Iterator[tuple[int, str, bytes, dict[str, Any]]]:
     """Number, fault, text and content of each line that has its end."""
+    require_file(path)
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with storage_errors(f"reading {path}"), path.open("rb") as file:
         for number, data in enumerate(file, 1):
             if not data.endswith(b"\n"):
                 return

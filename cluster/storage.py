@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from fsspec.implementations.local import LocalFileSystem
+
 from cluster.errors import StorageError
-from cluster.files import open_store, opened_store, write_whole
+from cluster.files import open_store, opened_store, require_file, write_whole
 from cluster.storage_errors import storage_errors
 
 
@@ -23,6 +25,8 @@ def read_text(url: str) -> str:
     """
     with storage_errors(f"reading {url}"):
         files, path = open_store(url)
+        if isinstance(files, LocalFileSystem):
+            require_file(path)
         return str(files.read_text(path, encoding="utf-8"))
 
 

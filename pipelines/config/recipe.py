@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, JsonValue, field_validator
 
-from cluster.files import store_address
+from cluster.files import real_path, store_address
 from cluster.schedule.program import Team
 from pipelines.config import recipe_files, settings_check
 from pipelines.config.adapters import lora_contradictions
@@ -289,7 +289,7 @@ class DistillConfig(Section):
         Raises:
             ConfigError: The folder has no name that a run can have.
         """
-        folder = run if run.name or store_address(run) else run.resolve()
+        folder = run if run.name or store_address(run) else real_path(run)
         return self.with_settings({"output": str(folder.parent), "name": folder.name})
 
     def with_absolute_paths(self) -> "DistillConfig":

@@ -18,7 +18,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from cluster.files import store_address
+from cluster.files import real_path, store_address
 from cluster.folders import whole_folder_at
 from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source
@@ -359,7 +359,7 @@ def _require_rank(source: TrainedGenerator, options: ExportOptions) -> None:
 
 def _require_base(source: TrainedGenerator, options: ExportOptions, given: str | Path) -> None:
     """A LoRA of a model folder needs to know what it is a change of."""
-    is_itself = source.run is None and source.base.resolve() == Path(given).resolve()
+    is_itself = source.run is None and real_path(source.base) == real_path(given)
     if options.form in LORA_FORMATS and is_itself:
         raise ConfigError(
             f"exporting {given} as {options.form}",

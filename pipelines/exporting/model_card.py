@@ -3,6 +3,7 @@
 recipe, data, figures, clips, and the lines of code that sample it rightly
 """
 
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cluster.errors import StorageError
 from cluster.files import write_whole
 from pipelines.evaluation.result import GENERATOR, REFERENCE, Evaluation
 from pipelines.evaluation.run import EVALUATION_FILE
@@ -27,6 +29,7 @@ from workers.models.weights import lacks_weights
 CARD = "README.md"
 _CLIPS = "samples"
 _TEMPLATES = Path(__file__).parent / "assets"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +163,20 @@ def _rows(evaluation: Evaluation | None) -> list[dict[str, Any]]:
     ]
 
 
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a run's log; none where it cannot be read: the card can do without."""
+    try:
+        return read_jsonl(path)
+    except StorageError as error:
+        _log.warning("the model card is written without %s: %s", path, error.found)
+        return []
+
+
 def _validation(source: TrainedGenerator) -> dict[str, float]:
     """Figures of the validation at this iteration; none where it was not validated."""
     if source.run is None:
         return {}
-    lines = read_jsonl(source.run.validation)
+    lines = _lines(source.run.validation)
     return next((li["figures"] for li in lines if li["iteration"] == source.iteration), {})
 
 
@@ -202,11 +214,11 @@ def _iterations_by_size(source: TrainedGenerator) -> Counter[tuple[int, int, int
 
 def _captions_seen(source: TrainedGenerator) -> int:
     """Captions that the weights have been trained on."""
-    if source.run is None or not source.run.metrics.exists():
+    if source.run is None:
         return 0
     seen = [
         line["samples_seen"]
-        for line in read_jsonl(source.run.metrics)
+        for line in _lines(source.run.metrics)
         if source.iteration is None or line["iteration"] < source.iteration
     ]
     return max(seen, default=0)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.files import store_address
+from cluster.files import real_path, store_address
 from pipelines.run.folder import RunFolder, require_output_folder
 from pipelines.run.places import shared_place
 from pipelines.run.replaceable import require_replaceable
@@ -51,4 +51,4 @@ def require_safe_target(
 
 
 def _whole_path(path: Path) -> Path:
-    return path if store_address(path) else path.resolve()
+    return path if store_address(path) else real_path(path)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.files import write_whole
+from cluster.files import kind_of_path, write_whole
 from cluster.storage import write_json
 from pipelines.media.video import Pixels, encode_for_players
 from sgmd_core.errors import DataError
@@ -97,7 +97,7 @@ def read_clip_files(folder: Path) -> ClipFiles | None:
         DataError: There is a list, and it is not what `write_clip_files` writes.
     """
     path = folder / _LIST_FILE
-    if not path.exists():
+    if not kind_of_path(path):
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +106,7 @@ def read_clip_files(folder: Path) -> ClipFiles | None:
             ClipColumn(str(entry["label"]), str(entry["note"]), tuple(map(str, entry["files"])))
             for entry in content["columns"]
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"reading {path}", f"no list of clips ({error})", "what a contact sheet writes"
         ) from error

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from cluster.files import kind_of_path, real_path
 from pipelines.data.clips.clip_decoding import first_frame
 from pipelines.data.clips.transcoding import shrink_video
 from pipelines.media.clip_files import ClipColumn, ClipFiles, clips_folder, read_clip_files
@@ -74,8 +75,8 @@ class Media:
         """The same for a file of a run; empty also where it is missing or lies elsewhere."""
         path = file_inside(root, name)
         if path is None:
-            is_missing = not (root / name).exists()
-            found = "not there" if is_missing else "no file inside the run's folder"
+            is_there = kind_of_path(root / name)
+            found = "no file inside the run's folder" if is_there else "not there"
             self.notes.append(f"{name} is {found}.")
             return ""
         size = path.stat().st_size
@@ -192,7 +193,7 @@ def _newest_clips(run: RunRecords, media: Media) -> ClipFiles | None:
     ]
     for sheet in sheets:
         folder = clips_folder(sheet)
-        if not folder.resolve().is_relative_to(root.resolve()):
+        if not real_path(folder).is_relative_to(real_path(root)):
             media.notes.append(f"{sheet.name} points outside of the run's folder.")
             continue
         try:

@@ -16,7 +16,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from cluster.files import open_store, opened_store, require_writable, store_address, write_whole
+from cluster.files import (
+    open_store,
+    opened_store,
+    real_path,
+    require_writable,
+    store_address,
+    write_whole,
+)
 from cluster.logs import ANY, Kind, append_line, every_line, flush_log, is_number, read_lines
 from cluster.redaction import has_user, without_secrets
 from cluster.storage import write_text
@@ -98,9 +105,9 @@ def require_inside(folder: Path, *names: str, option: str = "--output") -> None:
     """
     if store_address(folder):
         return
-    root = folder.resolve()
+    root = real_path(folder)
     for name in names:
-        found = (folder / name).resolve()
+        found = real_path(folder / name)
         if not found.is_relative_to(root):
             raise ConfigError(
                 f"writing to {folder / name}",

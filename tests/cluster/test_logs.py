@@ -1,7 +1,10 @@
 """A log hides no whole line, whatever stands between its lines."""
 
 import json
+import os
 import resource
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +40,24 @@ def test_a_broken_line_is_named_and_the_others_are_read(tmp_path, broken, reason
     assert read_lines(path, FIELDS, said.append) == [line(0), line(2)]
     assert len(said) == 1
     assert f"{path}: 1 broken line(s) left out (line 2: {reason}" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("put", "kind"),
+    [
+        (Path.mkdir, "a folder"),
+        (os.mkfifo, "a named pipe"),
+        (lambda path: path.symlink_to("nowhere"), "a link that leads nowhere"),
+        (lambda path: path.symlink_to(path.name), "a link that leads nowhere"),
+    ],
+)
+def test_what_is_no_file_is_no_log_and_is_not_waited_for(
+    tmp_path: Path, put: Callable[[Path], None], kind: str
+):
+    assert read_lines(tmp_path / "log", FIELDS) == []
+    put(tmp_path / "log")
+    with pytest.raises(StorageError, match=f"reading {tmp_path}/log: {kind}. Expected a file"):
+        read_lines(tmp_path / "log", FIELDS)
 
 
 def test_the_end_of_a_torn_line_does_not_take_the_next_one_with_it(tmp_path):

@@ -1,5 +1,7 @@
 """Texts are replaced as a whole, on a disk and on an object store alike."""
 
+import os
+
 import fsspec
 import pytest
 from botocore.exceptions import EndpointConnectionError
@@ -24,6 +26,12 @@ def test_what_cannot_be_read_says_so(root):
     write_text(f"{root}/broken.json", "{")
     with pytest.raises(StorageError, match=r"broken\.json: no JSON"):
         read_json(f"{root}/broken.json")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "identity.json")
+    with pytest.raises(StorageError, match=r"identity\.json: a named pipe. Expected a file"):
+        read_json(f"{tmp_path}/identity.json")
 
 
 def test_a_missing_bucket_is_an_error_and_stays_missing(s3_bucket):

@@ -217,6 +217,19 @@ def test_the_command_says_what_was_kept_and_lost(run, tmp_path):
     assert "1.0, 0.9, 0.75, 0.5, 0.0" in card
 
 
+def test_a_log_that_cannot_be_read_costs_the_card_its_figures_alone(run, tmp_path, caplog):
+    broken = RunFolder(shutil.copytree(run.root, tmp_path / "run"))
+    broken.metrics.unlink()
+    broken.metrics.mkdir()
+    options = ExportOptions(dtype="fp32", components="none")
+    whole = export(run.root, output=tmp_path / "whole", options=options)
+    found = export(broken.root, output=tmp_path / "x", options=options)
+    assert found.figures.largest_difference == whole.figures.largest_difference == 0
+    assert "captions seen" in (tmp_path / "whole" / "README.md").read_text()
+    assert "captions seen" not in (tmp_path / "x" / "README.md").read_text()
+    assert f"the model card is written without {broken.metrics}: a folder" in caplog.text
+
+
 @pytest.mark.parametrize(("given", "step"), [("1", 1), ("2", 2), ("last", 2), (None, 2)])
 def test_any_checkpoint_that_was_kept_is_exported(run, tmp_path, given, step):
     options = ExportOptions(dtype="fp32", components="none")

@@ -23,7 +23,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
-from cluster.files import kind_of_path
+from cluster.files import kind_of_path, real_path
 from cluster.redaction import has_user, without_secrets
 from cluster.s3.filesystem import open_s3
 from cluster.s3.refusals import refusal_remedy
@@ -125,7 +125,8 @@ def canonical_address(url: str) -> str:
         return filesystem.unstrip_protocol(path)
     # As the system reads it: ".." after a link leads out of the folder that the link names.
     spelled = Path(path if "://" in url else url).expanduser()
-    return str(spelled.parent.resolve() / spelled.name if spelled.is_file() else spelled.resolve())
+    is_file = spelled.is_file()
+    return str(real_path(spelled.parent) / spelled.name if is_file else real_path(spelled))
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.files import write_whole
+from cluster.errors import StorageError
+from cluster.files import require_file, write_whole
 from cluster.storage_errors import storage_errors
 from pipelines.data.shards.rejection import Place, Reason, Rejection, from_parquet, to_parquet
 from sgmd_core.errors import CheckpointError, DataError
@@ -145,11 +146,13 @@ def _read(path: Path) -> list[tuple[Rejection, int]]:
         CheckpointError: It cannot be read.
     """
     try:
+        require_file(path)
         return [(reject, iteration or 0) for reject, iteration in from_parquet(path.read_bytes())]
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, KeyError, pa.ArrowException, StorageError) as error:
+        told = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise CheckpointError(
             f"reading {path}",
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            error.found if isinstance(error, StorageError) else told,
             "the rows that the run has left out",
             "Move the file away to go on without them: what is bad is found again when it is met,"
             " and counted from 0",
