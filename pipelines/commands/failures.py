@@ -14,6 +14,7 @@ Errors of this project are shown in words. Any other one becomes one sentence, a
 system's folder for temporary files holds the traceback. Neither shows a key of the environment.
 """
 
+import errno
 import platform
 import signal
 import sys
@@ -28,8 +29,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from cluster.errors import ClusterError, JobError, LeaseError
+from cluster.errors import ClusterError, JobError, LeaseError, StorageError
 from cluster.redaction import printable, without_secrets
+from cluster.storage_errors import storage_errors
 from sgmd_core.errors import (
     AlarmError,
     NonFiniteError,
@@ -43,6 +45,11 @@ WRONG_REQUEST = 2
 _RUN_FAILURES = (AlarmError, ClusterError, NonFiniteError, StaleCallError)
 _PACKAGES = ("sgmd", "torch", "ray", "diffusers", "transformers", "pydantic", "typer")
 _LONGEST = 600
+_OF_THE_SYSTEM = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENAMETOOLONG),
+)
+"""Numbers of errors that a disk or its rights give, wherever a command meets them."""
 
 
 def report_failure(
@@ -67,6 +74,7 @@ def report_failure(
         words = f"{type(error).__name__}: {error}" if tells else ""
         _show([words or f"Interrupted: sgmd {command} was stopped {how}.", *_notes(error)])
         return 128 + number
+    error = _worded(error, command)
     if isinstance(error, SgmdError):
         if isinstance(error, StopRequestedError | JobError) and error.exit_code:
             code = error.exit_code
@@ -102,6 +110,19 @@ def hinting(hint: Callable[[], str]) -> Iterator[None]:
             if words and "--resume" not in said:
                 error.add_note(words)
         raise
+
+
+def _worded(error: BaseException, command: str) -> BaseException:
+    """An error of a disk at a path that it names, in words; any other one as it is."""
+    if not isinstance(error, OSError) or not error.filename or error.errno not in _OF_THE_SYSTEM:
+        return error
+    try:
+        with storage_errors(f"running sgmd {command}"):
+            raise error
+    except StorageError as worded:
+        for note in getattr(error, "__notes__", ()):
+            worded.add_note(note)
+        return worded
 
 
 def first_line(error: BaseException) -> str:

@@ -1,5 +1,7 @@
 """The outermost layer of the command line: one sentence, details in a file, no key anywhere."""
 
+import errno
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -40,6 +42,33 @@ def test_an_error_that_nobody_foresaw_is_one_sentence_and_a_file_with_its_traceb
     assert "Traceback (most recent call last)" in text
     assert "arguments: report runs/tiny" in text
     assert details.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EACCES, "Check the path and the rights to it"),
+        (errno.EROFS, "mounted read-only"),
+        (errno.ENOSPC, "Free space there"),
+        (errno.EIO, "Check the path and the rights to it"),
+    ],
+)
+def test_a_disk_or_its_rights_fail_in_words_wherever_a_command_meets_them(
+    capsys, folder_of_details, number, words
+):
+    error = OSError(number, os.strerror(number), "/runs/tiny/config.yaml")
+    error.add_note(HINT)
+    assert report_failure(raised(error), "report", []) == 1
+    said = capsys.readouterr().err
+    assert "While running sgmd report: " in said
+    assert "/runs/tiny/config.yaml" in said
+    assert words in said
+    assert said.endswith(f"{HINT}\n")
+    assert not list(folder_of_details.iterdir())
+    # One that names no path, or that a mistake of ours may have made, keeps its traceback.
+    for other in (OSError(number, "x"), FileNotFoundError(errno.ENOENT, "x", "/runs")):
+        report_failure(raised(other), "report", [])
+    assert len(list(folder_of_details.iterdir())) == 2
 
 
 def test_keys_of_the_environment_are_in_neither(capsys, monkeypatch, folder_of_details):
