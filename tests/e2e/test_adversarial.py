@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipelines.data.shards.schema import Encoding, encoded_schema
-from pipelines.data.shards.values import pack, pack_text
+from pipelines.data.shards.values import pack_tensor, pack_text
 from pipelines.distillation.run import distill, dry_run
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import ConfigError, SgmdError
@@ -43,7 +43,7 @@ def write_encoded(folder: Path, wan: Path, seed: int, **changes: object) -> Path
     columns = {
         "sample_id": [f"clip-{row}" for row in range(32)],
         "caption": ["a red circle moves left"] * 32,
-        "latents": [pack(value, "float32") for value in latents],
+        "latents": [pack_tensor(value, "float32") for value in latents],
         "text_embeds": [pack_text(torch.ones(tiny_wan.TEXT_LENGTH, 8), "float32")] * 32,
     }
     folder.mkdir(exist_ok=True)

@@ -241,12 +241,12 @@ class EncodeVideos:
         return lines.drop_columns([PIXELS]).append_column(LATENTS, pa.array(latents, pa.binary()))
 
     def _encode(self, pixels: pa.Buffer | None, bucket: int) -> bytes | None:
-        from pipelines.data.shards.values import pack
+        from pipelines.data.shards.values import pack_tensor
 
         if pixels is None:
             return None
         clip = np.frombuffer(pixels, dtype=np.uint8).reshape(self._shapes[bucket])
-        return pack(self._encoder.encode(clip), self._dtype)
+        return pack_tensor(self._encoder.encode(clip), self._dtype)
 
 
 class EncodeCaptions:

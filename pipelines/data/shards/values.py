@@ -26,7 +26,7 @@ def torch_dtype(name: DTypeName) -> torch.dtype:
     return cast("torch.dtype", getattr(torch, name))
 
 
-def pack(values: Tensor, dtype: DTypeName) -> bytes:
+def pack_tensor(values: Tensor, dtype: DTypeName) -> bytes:
     """The bytes of a tensor's values as a shard stores them."""
     stored = values.detach().to("cpu", torch_dtype(dtype)).contiguous()
     return stored.view(torch.uint8).numpy().tobytes()
@@ -35,7 +35,7 @@ def pack(values: Tensor, dtype: DTypeName) -> bytes:
 def pack_text(embedding: Tensor, dtype: DTypeName) -> bytes:
     """The bytes of an embedding (positions, width) up to its last row that is not zero."""
     rows = embedding.any(dim=1).nonzero()
-    return pack(embedding[: int(rows[-1]) + 1 if len(rows) else 0], dtype)
+    return pack_tensor(embedding[: int(rows[-1]) + 1 if len(rows) else 0], dtype)
 
 
 def unpack_latents(stored: bytes, encoding: Encoding) -> Tensor:

@@ -19,7 +19,7 @@ from pipelines.data.checking.check_group import choose_rows
 from pipelines.data.checking.check_report import quantiles
 from pipelines.data.clips.clip_format import ClipLimits
 from pipelines.data.shards.schema import Encoding, encoded_schema
-from pipelines.data.shards.values import pack
+from pipelines.data.shards.values import pack_tensor
 from pipelines.data.stream.inspect import inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.source import Source
@@ -74,8 +74,8 @@ def encoded_folder(folder: Path, num_rows: int = 6) -> Encoding:
         {
             "sample_id": f"s{row}",
             "caption": f"clip {row}",
-            "latents": pack(torch.full((2, 1, 2, 2), float(row)), "float32"),
-            "text_embeds": pack(torch.ones(2, 4), "float32"),
+            "latents": pack_tensor(torch.full((2, 1, 2, 2), float(row)), "float32"),
+            "text_embeds": pack_tensor(torch.ones(2, 4), "float32"),
         }
         for row in range(num_rows)
     ]
@@ -176,7 +176,7 @@ class TestGoodSets:
         encoding = Encoding((), (3, 4), "float32", "", "made-by-text")
         good, bad = torch.ones(2, 4), torch.full((2, 4), torch.nan)
         rows = [
-            {"sample_id": f"s{row}", "caption": "c", "text_embeds": pack(text, "float32")}
+            {"sample_id": f"s{row}", "caption": "c", "text_embeds": pack_tensor(text, "float32")}
             for row, text in enumerate((good, good, bad))
         ]
         table = pa.Table.from_pylist(rows, schema=encoded_schema(encoding))
@@ -267,7 +267,7 @@ class TestDamage:
         assert report.problems == ["shards of several kinds: 3 video, 1 captions"]
 
     @pytest.mark.parametrize(
-        "value", [b"", bytes(31), pack(torch.full((8,), float("nan")), "float32")]
+        "value", [b"", bytes(31), pack_tensor(torch.full((8,), float("nan")), "float32")]
     )
     def test_latents_of_another_shape_or_without_numbers_are_bad(self, tmp_path, value):
         encoded_folder(tmp_path / "set")

@@ -10,6 +10,7 @@ import torch
 from pipelines.data.shards.columns import kind_of
 from pipelines.data.shards.schema import (
     ENCODING_KEY,
+    DTypeName,
     Encoding,
     ShardKind,
     caption_schema,
@@ -18,13 +19,13 @@ from pipelines.data.shards.schema import (
     parquet_options,
     video_schema,
 )
-from pipelines.data.shards.values import pack, pack_text, unpack_latents, unpack_text
+from pipelines.data.shards.values import pack_tensor, pack_text, unpack_latents, unpack_text
 from sgmd_core.errors import DataError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def encoding(dtype="float32") -> Encoding:
+def encoding(dtype: DTypeName = "float32") -> Encoding:
     return Encoding((4, 3, 2, 2), (5, 8), dtype, vae="v", text_encoder="t")
 
 
@@ -40,7 +41,7 @@ def test_latents_and_embeddings_survive_a_shard(tmp_path: Path, dtype) -> None:
         {
             "sample_id": [str(row) for row in range(6)],
             "caption": ["a"] * 6,
-            "latents": [pack(value, dtype) for value in latents],
+            "latents": [pack_tensor(value, dtype) for value in latents],
             "text_embeds": [pack_text(value, dtype) for value in texts],
         },
         schema=schema,

@@ -11,7 +11,7 @@ import torch
 from pipelines.data.clips.clip_decoding import ClipDecoder, decode_video
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 from pipelines.data.shards.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO, Encoding, encoded_schema
-from pipelines.data.shards.values import pack, pack_text
+from pipelines.data.shards.values import pack_tensor, pack_text
 from pipelines.data.stream.batch import Batch
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
@@ -40,7 +40,7 @@ def test_latents_and_embeddings_come_with_their_rows(tmp_path: Path, dtype) -> N
     columns = {
         "sample_id": [str(row) for row in range(20)],
         "caption": ["c"] * 20,
-        "latents": [pack(value, dtype) for value in latents],
+        "latents": [pack_tensor(value, dtype) for value in latents],
         "text_embeds": [pack_text(value, dtype) for value in texts],
     }
     table = pa.table(columns, schema=encoded_schema(encoding))
@@ -66,7 +66,9 @@ def test_a_batch_lets_go_of_what_it_has_handed_out_and_keeps_no_more_than_was_as
     columns = {
         "sample_id": [str(row) for row in range(8)],
         "caption": ["c"] * 8,
-        "latents": [pack(torch.full((2, 3, 2, 2), float(row)), "float32") for row in range(8)],
+        "latents": [
+            pack_tensor(torch.full((2, 3, 2, 2), float(row)), "float32") for row in range(8)
+        ],
         "text_embeds": [pack_text(torch.ones(4, 5), "float32")] * 8,
     }
     pq.write_table(pa.table(columns, schema=encoded_schema(encoding)), tmp_path / "one.parquet")
