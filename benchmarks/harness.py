@@ -19,6 +19,7 @@ from cluster.schedule.simulate import Costs, simulate
 from cluster.worker_group import WorkerGroup
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.stages.algorithm import iteration_program
+from pipelines.stages.kind import IterationKind
 
 START_TIMEOUT_S = 600.0
 Groups = Mapping[str, WorkerGroup[DummyWorker]]
@@ -76,7 +77,7 @@ class Setting:
     @property
     def program(self) -> Program:
         """Returns the program of an iteration."""
-        return iteration_program(self.fresh_updates)
+        return iteration_program(IterationKind(self.fresh_updates))
 
     def team_of(self) -> dict[str, Team]:
         """Processes by role."""

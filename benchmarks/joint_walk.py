@@ -13,7 +13,6 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -121,7 +120,7 @@ def iterations(depths: Sequence[int]) -> dict[str, dict[int, list[float]]]:
         depths: Micro-batches in flight to choose from.
     """
     work = Workload.of(load_recipe("wan21-1.3b"), "1.3b")
-    ways = (work, replace(work, joint_walk=True))
+    ways = (work, work.walking(joint=True))
     return {
         name: {m: [_best(way, teams, m, depths) for way in ways] for m in (1, 2, 4, 8, 16)}
         for name, teams in _LAYOUTS.items()
@@ -136,7 +135,7 @@ def plans() -> dict[str, dict[str, list[float]]]:
         settings = [f"batch.size={batch}", "batch.micro_batches=4"]
         work = Workload.of(load_recipe(recipe, settings), model)
         rows = found.setdefault(f"{recipe}, {gpus} GPUs, batch {batch}, {between:g} GB/s", {})
-        for way in (work, replace(work, joint_walk=True)):
+        for way in (work, work.walking(joint=True)):
             for layout in best_layouts(way, modelled(way, hardware), hardware, gpus):
                 rows.setdefault(layout.name, []).append(round(layout.iteration_s, 1))
     return found

@@ -9,10 +9,8 @@ from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
 from pipelines.planning.workload import Workload
 from pipelines.stages.algorithm import iteration_program
+from pipelines.stages.kind import IterationKind
 from sgmd_core.errors import ConfigError
-from sgmd_core.objectives import GradientPath, compared_by
-from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
-from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.types import MicroBatchKey, Purpose, Text
 
 
@@ -121,25 +119,10 @@ class IterationPlan:
         )
 
 
-def program_of(config: DistillConfig) -> Program:
-    """Returns the program of an iteration."""
-    return iteration_program(
-        config.fresh_updates,
-        through_teacher=config.objective.path is GradientPath.BOTH_SCORES,
-        diversity=config.generator.diversity.enabled,
-        mixes_weights=config.fake_score.ida_decay < 1,
-        compared=compared_by(config.objective),
-        consistency=consistency_of(config.objective) is not None,
-        flow=flow_of(config.objective) is not None,
-        matching=learns_from_samples(config.objective),
-        joint=config.fake_score.walk == "joint",
-    )
-
-
 def plan_iteration(config: DistillConfig, negative: Future[Text]) -> IterationPlan:
     """Derives the constants of all iterations from a run's settings."""
     return IterationPlan(
-        program=program_of(config),
+        program=iteration_program(IterationKind.of(config)),
         teams=config.teams,
         batch_size=config.batch.size,
         micro_batches=config.batch.micro_batches,

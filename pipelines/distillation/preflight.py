@@ -21,7 +21,7 @@ from pipelines.data.stream.inspect import (
     inspect_folder,
 )
 from pipelines.data.stream.source import Source
-from pipelines.distillation.iteration_plan import program_of, stage_seconds
+from pipelines.distillation.iteration_plan import stage_seconds
 from pipelines.distillation.method_checks import (
     check_adversary,
     check_expert,
@@ -47,6 +47,7 @@ from pipelines.planning.stored_text import StoredText
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.places import shared_place
 from pipelines.stages.algorithm import needs_data
+from pipelines.stages.kind import IterationKind
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
@@ -222,7 +223,7 @@ def run_preflight(config: DistillConfig) -> Preflight:
     model, buckets = inspect_networks(config)
     _require_decoder(config, model)
     tokenizer = family_of(model.path).load_tokenizer(model.path)
-    learns_from_data = needs_data(program_of(config))
+    learns_from_data = needs_data(IterationKind.of(config))
     if learns_from_data:
         require_sizes(config)
     sets = training_sets(config)

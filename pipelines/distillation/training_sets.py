@@ -13,8 +13,8 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.data.shards.columns import RecipeColumnNames
 from pipelines.data.shards.stored_buckets import read_buckets
 from pipelines.data.stream.source import Source
-from pipelines.distillation.iteration_plan import program_of
 from pipelines.stages.algorithm import needs_data
+from pipelines.stages.kind import IterationKind
 from sgmd_core.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ class TrainingSet:
 
 def takes_sizes_from_data(config: DistillConfig) -> bool:
     """True if iterations learn from latents of the data, of the size that each draws."""
-    return len(config.video.buckets) > 1 and needs_data(program_of(config))
+    return len(config.video.buckets) > 1 and needs_data(IterationKind.of(config))
 
 
 def training_sets(config: DistillConfig, train: str | None = None) -> tuple[TrainingSet, ...]:

@@ -71,5 +71,5 @@ def fastest_fit(
 def _work_s(work: Workload, times: StageTimes) -> float:
     """Seconds of all stages of an iteration on one GPU."""
     return work.batch_size * sum(
-        seconds * work.updates_with(stage) for (_, stage), seconds in times.seconds.items()
+        seconds * work.updates_with(stage) for stage, seconds in times.seconds.items()
     )

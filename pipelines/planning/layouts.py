@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any, Self
 
 from cluster.schedule.program import Home, Team, split_evenly
-from cluster.schedule.schedule import Call, order_calls
+from cluster.schedule.schedule import STEP, Call, order_calls
 from cluster.schedule.simulate import Costs, simulate
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.config.topology import FUSED
@@ -32,16 +32,15 @@ from pipelines.planning.pool_maps import (
     map_memory,
     pool_maps,
 )
-from pipelines.planning.search import Prediction
+from pipelines.planning.search import MAX_DEPTH, Prediction
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.traffic import exchanged_bytes, gathered_bytes, result_bytes
 from pipelines.planning.workload import StageName, Workload
-from pipelines.stages.algorithm import MIX_WEIGHTS, TRAINED_WEIGHTS
+from pipelines.stages.algorithm import MIX_WEIGHTS, ROLLOUT, TRAINED_WEIGHTS
 from sgmd_core.errors import ConfigError
 
 ACCELERATOR = "ray.io/accelerator-type"
 """Label that Ray gives a machine by its GPUs."""
-_MAX_DEPTH = 4
 _SIMULATED, _SIMULATED_LONG = 16, 2
 AS_FAST = 1.005
 """Times that are taken for equal: then fewer GPUs and micro-batches in flight decide."""
@@ -334,7 +333,7 @@ def _costs(
             if call.stage == MIX_WEIGHTS.name and pool == giver and ranks > 1:
                 # To the first rank it is no way, to the others that of any result.
                 return step_s / 10 + own.wire_latency_s + weights / own.wire_bandwidth
-            return step_s if call.stage == "step" else step_s / 10
+            return step_s if call.stage == STEP else step_s / 10
         name = (call.role, call.stage)
         sample_s = times.seconds[name] / one.speed_of(pool, hardware)
         samples = work.samples_of_a_rank(call.role, call.num_samples, ranks)
@@ -394,7 +393,7 @@ def _gathered_bytes(
     """Bytes of weights and gradients that a rank is sent in an iteration."""
     return sum(
         moved
-        * work.updates_with(stage)
+        * work.updates_with((role, stage))
         * micro_batches.get(role, 0)
         * (ranks[role] - 1)
         / ranks[role]
@@ -406,7 +405,7 @@ def _gathered_bytes(
 def _bound_s(work: Workload, times: StageTimes, hardware: Hardware, one: PoolMap) -> float:
     """About what an iteration takes: the pools' work and a start."""
     # Where the generator makes no samples, the teacher starts at once, at data.
-    rollout_s = times.seconds.get((GENERATOR, "rollout"), 0.0)
+    rollout_s = times.seconds.get((GENERATOR, ROLLOUT.name), 0.0)
     (learn,) = one.places[GENERATOR]
     size = max(split_evenly(work.batch_size, one.micro_batches))
     first = work.samples_of_a_rank(GENERATOR, size, one.ranks[learn])
@@ -418,8 +417,8 @@ def _work_s(work: Workload, times: StageTimes, hardware: Hardware, one: PoolMap)
     """The least that an iteration takes: the pools' work, with the teacher's shared out."""
     sizes = split_evenly(work.batch_size, one.micro_batches)
     own: dict[str, float] = dict.fromkeys(one.places, 0.0)
-    for (role, stage), seconds in times.seconds.items():
-        own[role] += seconds * work.updates_with(stage)
+    for name, seconds in times.seconds.items():
+        own[name[0]] += seconds * work.updates_with(name)
 
     def busy_s(pool: str, role: str) -> float:
         rounds = sum(work.samples_of_a_rank(role, size, one.ranks[pool]) for size in sizes)
@@ -453,5 +452,5 @@ def shared_out(pools: Iterable[tuple[float, float]]) -> float:
 
 
 def _depths(one: PoolMap) -> Iterator[PoolMap]:
-    for depth in range(1, min(_MAX_DEPTH, one.micro_batches) + 1):
+    for depth in range(1, min(MAX_DEPTH, one.micro_batches) + 1):
         yield replace(one, depth=depth)

@@ -91,7 +91,9 @@ def generator_memory(work: Workload, ranks: int, samples: float, kept: float) ->
         kept: Samples on this rank whose rollouts wait for a signal.
     """
     # A rollout that also makes samples off its trajectory keeps two graphs.
-    return _learner_memory(work, GENERATOR, ranks, samples, kept * (1 + work.looks.off_trajectory))
+    return _learner_memory(
+        work, GENERATOR, ranks, samples, kept * (1 + work.kind.looks.off_trajectory)
+    )
 
 
 def fake_score_memory(work: Workload, ranks: int, samples: float, kept: float) -> RankMemory:
@@ -113,11 +115,11 @@ def teacher_memory(
     passes = samples * (2 if work.guided and not work.in_turn else 1)
     shape = work.shape_of(TEACHER)
     widest = _passing(work, TEACHER)
-    if work.through_teacher:
+    if work.kind.through_teacher:
         widest = _graph(work, TEACHER) + _layer(work, TEACHER)
     ranks = 1 if work.teacher_whole else ranks
     # Its graph keeps the weights that a pass through the input has made of them.
-    widened = work.through_teacher and work.teacher_weights == "fp8"
+    widened = work.kind.through_teacher and work.teacher_weights == "fp8"
     return RankMemory(
         state=(0.0 if shares_base else teacher_bytes(work) / ranks)
         + 2 * shape.num_parameters * widened,
@@ -143,7 +145,7 @@ def discriminator_memory(work: Workload, ranks: int, samples: float) -> RankMemo
     share, shape = _FLOAT * heads.num_parameters / ranks, work.shape_of(DISCRIMINATOR)
     # The heads' graph holds the features of all states, in float32.
     tokens = shape.num_tokens(work.latent_shape)
-    features = _FLOAT * heads.num_heads * heads.num_states * tokens * shape.width
+    features = _FLOAT * heads.num_heads * work.kind.compared_states * tokens * shape.width
     return RankMemory(
         state=(2 + kept.moments - kept.on_host) * share + frozen_bytes(work, DISCRIMINATOR) / ranks,
         gathered=weight_bytes(work, DISCRIMINATOR) * _gathered(shape, ranks, layers=2),
@@ -166,7 +168,7 @@ def _learner_memory(
     # Weights and moments, while copies of the fake score are trained on.
     measured = (1 + kept.moments) * share * (role == FAKE_SCORE and work.measures_lag)
     passing = _passing(work, role)
-    if role == GENERATOR and work.consistency:
+    if role == GENERATOR and work.kind.consistency:
         passing = max(passing, derivative_bytes(work, role))
     return RankMemory(
         state=(2 + kept.moments + kept.averages - kept.on_host) * share

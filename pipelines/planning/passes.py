@@ -23,10 +23,8 @@ from pipelines.stages.costs import (
     mean_rollouts,
     stage_passes,
 )
+from pipelines.stages.kind import IterationKind
 from sgmd_core.metrics.lag import settling_updates
-from sgmd_core.objectives import compared_by
-from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
-from sgmd_core.objectives.meanflow import flow_is_guided, flow_of
 from sgmd_core.seeds import exit_of, rollout_steps
 from sgmd_core.types import MicroBatchKey, Purpose
 from workers.models.shape import DenoiserShape
@@ -162,24 +160,16 @@ def _passes(
         sample: Of a rollout of a tracking batch.
         follows: Share of such iterations in which a diversity loss has its part.
     """
-    updates = config.fresh_updates
+    kind = IterationKind.of(config)
     table = stage_passes(
-        path=config.objective.path,
+        kind,
         rollout=rollout,
         sample=sample,
         guided=config.teacher.guidance_scale != 1,
-        fresh_tracking=updates > 0,
         anchor_steps=config.generator.diversity.num_anchor_steps,
-        looks=config.looks,
-        compared=compared_by(config.objective),
-        compared_states=0 if config.adversary is None else config.adversary.num_states,
-        consistency=consistency_of(config.objective) is not None,
-        flow=flow_of(config.objective) is not None,
-        guided_flow=flow_is_guided(config.objective),
-        matching=learns_from_samples(config.objective),
-        joint=config.fake_score.walk == "joint",
     )
-    times = {SAMPLE: updates or 1, TRACK: updates or 1, ANCHOR: follows, DIVERSIFY: follows}
+    updates = kind.tracking_updates
+    times = {SAMPLE: updates, TRACK: updates, ANCHOR: follows, DIVERSIFY: follows}
     return _named({stage: passes.times(times.get(stage, 1)) for stage, passes in table.items()})
 
 

@@ -75,7 +75,7 @@ def all_savings(work: Workload) -> list[Saved]:
 
 def walk_setting(work: Workload) -> str:
     """The setting of `fake_score.walk` that an iteration has."""
-    return f"fake_score.walk={'joint' if work.joint_walk else 'apart'}"
+    return f"fake_score.walk={'joint' if work.kind.joint else 'apart'}"
 
 
 def fitting_savings(
@@ -186,7 +186,7 @@ SAVINGS = (
         lambda work: (
             work
             # Adapters have the teacher as their base, which stays as it is.
-            if work.through_teacher
+            if work.kind.through_teacher
             or work.adapters
             or TEACHER not in work.bf16
             or TEACHER in work.checkpointing

@@ -15,7 +15,7 @@ from itertools import product
 
 from cluster.schedule.dealing import MOST_KEPT
 from cluster.schedule.program import Team
-from cluster.schedule.schedule import Call, order_calls
+from cluster.schedule.schedule import STEP, Call, order_calls
 from cluster.schedule.simulate import Costs, simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.hardware import Hardware
@@ -28,6 +28,7 @@ from pipelines.planning.memory import (
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.traffic import gathered_bytes, result_bytes
 from pipelines.planning.workload import Workload
+from pipelines.stages.algorithm import SAMPLE, STAGES, TRACK, TRAINED_WEIGHTS
 from sgmd_core.objectives import ComparedStates
 
 MAX_DEPTH = 4
@@ -196,7 +197,7 @@ def rank_memory(work: Workload, split: PoolSplit) -> dict[str, RankMemory]:
     }
     of_teacher = work.samples_of_a_rank(TEACHER, samples, split.teacher_ranks * split.teacher)
     # A prediction that a discriminator compares is kept until its signal comes back.
-    waits = work.heads is not None and work.heads.compared is ComparedStates.STEPS
+    waits = work.kind.compared is ComparedStates.STEPS
     graphs = min(MOST_KEPT, open_at_once) if waits else 1
     return {
         GENERATOR: generator_memory(
@@ -253,7 +254,7 @@ def _costs(
     def seconds(call: Call) -> float:
         name = (call.role, call.stage)
         if call.micro_batch is None:
-            return step_s[call.role] if call.stage == "step" else step_s[call.role] / 10
+            return step_s[call.role] if call.stage == STEP else step_s[call.role] / 10
         folded = 1 if call.role == TEACHER else teams[call.role].ranks
         working_s = times.seconds[name] * call.num_samples / folded
         # Weights are gathered while the layer before computes.
@@ -261,7 +262,7 @@ def _costs(
 
     def bytes_of(call: Call) -> float:
         # The weights are handed over whole, whatever the number of samples.
-        if call.stage == "trained_weights":
+        if call.stage == TRAINED_WEIGHTS.name:
             return weights
         return sent.get((call.role, call.stage), 0) * share
 
@@ -274,7 +275,7 @@ def _bound_s(work: Workload, times: StageTimes, split: PoolSplit) -> float:
     own = _work_s(work, times, split)
     one = {role: 0.0 for role in ROLES}
     for (role, stage), seconds in times.seconds.items():
-        if stage not in ("sample", "track"):
+        if STAGES[role, stage] not in (SAMPLE, TRACK):
             one[role] += seconds * samples / min(split.teams[role].size, samples)
     # A role is idle while the first micro-batch is on its way to it, and after the last one.
     return max(own[role] + sum(one.values()) - one[role] for role in ROLES)
@@ -283,8 +284,9 @@ def _bound_s(work: Workload, times: StageTimes, split: PoolSplit) -> float:
 def _work_s(work: Workload, times: StageTimes, split: PoolSplit) -> dict[str, float]:
     """Seconds that each role works in an iteration."""
     own = {role: 0.0 for role in ROLES}
-    for (role, stage), seconds in times.seconds.items():
-        own[role] += seconds * work.batch_size * work.updates_with(stage) / split.teams[role].size
+    for name, seconds in times.seconds.items():
+        whole_s = seconds * work.batch_size * work.updates_with(name)
+        own[name[0]] += whole_s / split.teams[name[0]].size
     return own
 
 

@@ -27,6 +27,7 @@ from pipelines.planning.workload import COUNTED_WITH, StageName, Workload, mean_
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.opened_copy import run_copy
 from pipelines.run.places import shared_place
+from pipelines.stages.algorithm import ROLLOUT, SAMPLE
 from sgmd_core.errors import ConfigError
 from sgmd_core.words import count_in_words
 from workers.models.families import family_named
@@ -111,7 +112,7 @@ def measured(path: Path, work: Workload) -> StageTimes:
         is_run = folder.is_dir()
         found, flops, where, together = _from_run(folder) if is_run else _from_benchmark(path)
     place = shared_place(path)
-    rollout, sample = (GENERATOR, "rollout"), (GENERATOR, "sample")
+    rollout, sample = (GENERATOR, ROLLOUT.name), (GENERATOR, SAMPLE.name)
     if sample in work.passes and sample not in found and rollout in found:
         found[sample], flops[sample] = found[rollout], flops[rollout]
         where += ", generator.sample taken for generator.rollout"
@@ -207,7 +208,7 @@ def _from_run(folder: Path) -> _Found:
                 spent += _seconds(seconds.get(added), 0.0)
                 times.append(spent * (flops[name] / own[name] if own[name] else 1.0))
         if times:
-            samples = config.batch.size * work.updates_with(name[1])
+            samples = config.batch.size * work.updates_with(name)
             found[name] = median(times) / samples
     number = count_in_words(len(records), "iteration")
     return found, flops, f"{_MEASURED} in {number} of {run}", work.ulysses

@@ -46,10 +46,10 @@ def gathered_bytes(work: Workload) -> dict[StageName, float]:
 
     Gradients are summed in float32, weights are gathered in the type of a role's products.
     """
-    summed = {LEARN: 1.0 + work.diversity.enabled + work.looks.off_trajectory, TRACK: 1.0}
+    summed = {LEARN: 1.0 + work.diversity.enabled + work.kind.looks.off_trajectory, TRACK: 1.0}
     summed |= {COMPARE_STEPS: 1.0, COMPARE_DATA: 1.0, LEARN_CONSISTENCY: 1.0}
     summed |= {LEARN_FLOW: 1.0}
-    if work.joint_walk:
+    if work.kind.joint:
         summed |= {SIGNAL: 1.0, TRACK: 0.0}
     reductions = {(stage.role, stage.name): count for stage, count in summed.items()}
     found: dict[StageName, float] = {}
@@ -67,8 +67,7 @@ def gathered_bytes(work: Workload) -> dict[StageName, float]:
 
 def num_gathers(work: Workload) -> dict[StageName, float]:
     """Counts how often a sharded call of each stage gathers weights or sends gradients."""
-    shared = work.fresh_updates == 0
-    off, guides = work.looks.off_trajectory, work.looks.splits_guidance
+    off, guides = work.kind.looks.off_trajectory, work.kind.looks.splits_guidance
     counts = {
         ROLLOUT: work.rollout + off,
         SAMPLE: work.sample,
@@ -76,19 +75,19 @@ def num_gathers(work: Workload) -> dict[StageName, float]:
         DENOISE: 1.0 + work.diversity.num_anchor_steps + off + guides,
         PULLBACK: 2.0,
         SIGNAL: 2.0 + 2.0 * off,
-        TRACK: 2.0 if shared else 3.0,
+        TRACK: 2.0 if work.kind.shared else 3.0,
         # Forward, and back with the sum of gradients; tracking asks for nothing more.
-        **({SIGNAL: 3.0, TRACK: 0.0} if work.joint_walk else {}),
+        **({SIGNAL: 3.0, TRACK: 0.0} if work.kind.joint else {}),
         NOISE_DATA: 0.0,
         DENOISE_DATA: 1.0,
         # Two forward passes, one backward, and the sum.
         LEARN_CONSISTENCY: 4.0,
-        LEARN_FLOW: 3.0 + work.guided_flow,
+        LEARN_FLOW: 3.0 + work.kind.guided_flow,
     }
     if work.heads is not None:
         # Each state forward, one of them backward, and the sum of the heads' gradients.
         counts |= {PREDICT: 1.0, COMPLETE: 1.0}
-        counts |= dict.fromkeys((COMPARE_STEPS, COMPARE_DATA), 2.0 + work.heads.num_states)
+        counts |= dict.fromkeys((COMPARE_STEPS, COMPARE_DATA), 2.0 + work.kind.compared_states)
     return {(stage.role, stage.name): count for stage, count in counts.items()}
 
 
@@ -106,9 +105,9 @@ def result_bytes(work: Workload) -> dict[StageName, float]:
         if stage.sends
     }
     # Beside its gradient, such a signal carries the teacher's cotangent.
-    sent[SIGNAL.role, SIGNAL.name] *= 1 + int(work.through_teacher)
+    sent[SIGNAL.role, SIGNAL.name] *= 1 + int(work.kind.through_teacher)
     # Looks have noise of their own, and samples where they are off the trajectory.
-    off, guides = int(work.looks.off_trajectory), int(work.looks.splits_guidance)
+    off, guides = int(work.kind.looks.off_trajectory), int(work.kind.looks.splits_guidance)
     beside = {ROLLOUT: guides + 2 * off, DENOISE: 2 * guides + off, SIGNAL: off}
     for stage, count in beside.items():
         sent[stage.role, stage.name] += count * size[Sent.LATENTS]

@@ -43,17 +43,17 @@ from pipelines.stages.algorithm import (
     DIVERSIFY,
     LEARN,
     ROLLOUT,
+    SAMPLE,
     STAGES,
     START,
+    TRACK,
     StageSpec,
     iteration_program,
 )
 from pipelines.stages.costs import PassCosts, Passes, mean_rollouts, stage_passes
+from pipelines.stages.kind import ALGORITHM_1, IterationKind
 from sgmd_core.buckets import LatentBuckets
-from sgmd_core.objectives import GradientPath, restarts_of
-from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
-from sgmd_core.objectives.meanflow import flow_is_guided, flow_of
-from sgmd_core.types import Looks
+from sgmd_core.objectives import restarts_of
 from workers.attention import KERNELS
 from workers.models.shape import DenoiserShape
 from workers.settings import DiversitySettings
@@ -76,13 +76,11 @@ class Workload:
             one with most tokens, which memory is counted at.
         text_length: Text positions.
         batch_size: Samples of one update.
+        kind: Kind of the iteration.
         rollout: Forward passes of a rollout of the generator's batch, in the mean.
         sample: The same of a tracking batch.
         guided: Whether the teacher is asked with and without the caption.
-        fresh_updates: Updates of the fake score on samples of their own; 0 with shared tracking.
-        path: Ways by which the generator's loss depends on its samples.
         diversity: The extra loss on the generator's first step.
-        mixes_weights: Whether the fake score takes the generator's weights in, each iteration.
         averages: Whether the generator keeps averaged weights.
         teacher_weights: Type that the teacher's weights are kept in.
         teacher_whole: Whether every rank of a teacher holds all of them.
@@ -97,19 +95,13 @@ class Workload:
         others: Networks of roles of another size.
         adapters: Roles that train adapters, with the parameters of these.
         frozen_in_bf16: Of these, roles whose base is in bfloat16.
-        looks: Score queries beside the one at the generator's samples.
         restarts: Whether the fake score keeps the weights that it starts from, in main memory.
         heads: The discriminator; None without one.
         measures_lag: Whether the fake score's state is put aside while its lag is measured.
-        consistency: Whether the generator also learns from noised data.
-        flow: Whether it learns the strides of a flow head.
-        guided_flow: Whether it does so along guided velocities.
-        matching: Whether it learns from its own samples.
         moments_in_8_bits: Roles whose optimizer keeps second moments in 8 bits.
         ulysses: Roles whose ranks work on samples together, with how many of them do.
         all_pairs: Roles whose attention holds a matrix of all pairs of tokens.
         buckets: Several sizes that iterations draw from; None where there is one.
-        joint_walk: Whether the fake score makes both gradients by one backward pass.
         may_walk_once: Whether it could, with checkpointing.
         idle_expert: Parameters of the expert that a run leaves as it is, of which no role has
             anything but the generator where `has_companion`; 0 where all is trained.
@@ -122,13 +114,11 @@ class Workload:
     latent_shape: tuple[int, int, int, int]
     text_length: int
     batch_size: int
+    kind: IterationKind = ALGORITHM_1
     rollout: float = 2.5
     sample: float = 2.5
     guided: bool = True
-    fresh_updates: int = 0
-    path: GradientPath = GradientPath.FAKE_SCORE
     diversity: DiversitySettings = field(default_factory=DiversitySettings)
-    mixes_weights: bool = False
     averages: bool = True
     teacher_weights: str = "fp32"
     teacher_whole: bool = False
@@ -143,19 +133,13 @@ class Workload:
     others: Mapping[str, DenoiserShape] = field(default_factory=dict)
     adapters: tuple[tuple[str, int], ...] = ()
     frozen_in_bf16: frozenset[str] = frozenset()
-    looks: Looks = field(default_factory=Looks)
     restarts: bool = False
     heads: HeadsWork | None = None
     measures_lag: bool = False
-    consistency: bool = False
-    flow: bool = False
-    matching: bool = True
     moments_in_8_bits: frozenset[str] = frozenset()
     ulysses: tuple[tuple[str, int], ...] = ()
     all_pairs: frozenset[str] = frozenset()
     buckets: LatentBuckets | None = None
-    joint_walk: bool = False
-    guided_flow: bool = False
     may_walk_once: bool = False
     idle_expert: int = 0
     has_companion: bool = False
@@ -184,13 +168,11 @@ class Workload:
             latent_shape=max(buckets.shapes, key=shape.denoiser.num_tokens),
             text_length=config.model.text_length,
             batch_size=config.batch.size,
+            kind=IterationKind.of(config),
             rollout=rollout,
             sample=sample,
             guided=config.teacher.guidance_scale != 1,
-            fresh_updates=config.fresh_updates,
-            path=config.objective.path,
             diversity=config.generator.diversity,
-            mixes_weights=config.fake_score.ida_decay < 1,
             averages=config.generator.ema_decay > 0,
             teacher_weights=config.teacher.compute.weights,
             teacher_whole=not config.teacher.sharded,
@@ -205,19 +187,13 @@ class Workload:
             others=others,
             adapters=adapter_parameters(config, shape.denoiser, others),
             frozen_in_bf16=roles_over_bf16(config),
-            looks=config.looks,
             restarts=bool(restarts_of(config.objective)),
             heads=heads_of(config, others.get(TEACHER, shape.denoiser)),
             measures_lag=config.lag.every > 0,
-            consistency=consistency_of(config.objective) is not None,
-            flow=flow_of(config.objective) is not None,
-            guided_flow=flow_is_guided(config.objective),
-            matching=learns_from_samples(config.objective),
             moments_in_8_bits=roles_where(updated, lambda own: own.moment_bits == 8),
             ulysses=tuple((role, own.ulysses) for role, own in computes.items() if own.ulysses > 1),
             all_pairs=roles_where(computes, lambda own: KERNELS[own.attention].all_pairs),
             buckets=buckets if len(buckets.shapes) > 1 else None,
-            joint_walk=config.fake_score.walk == "joint",
             may_walk_once=allows_joint_walk(config, model),
             idle_expert=0 if config.model.alone is None else shape.denoiser.num_parameters,
             has_companion=config.model.alone == "low",
@@ -229,7 +205,11 @@ class Workload:
     def other_walk(self) -> "Workload | None":
         """The same iteration with the other setting of `fake_score.walk`; None: there is none."""
         possible = self.may_walk_once and FAKE_SCORE in self.checkpointing
-        return replace(self, joint_walk=not self.joint_walk) if possible else None
+        return self.walking(joint=not self.kind.joint) if possible else None
+
+    def walking(self, *, joint: bool) -> "Workload":
+        """The same iteration with this setting of `fake_score.walk`."""
+        return replace(self, kind=replace(self.kind, joint=joint))
 
     @property
     def at_largest(self) -> str:
@@ -296,14 +276,9 @@ class Workload:
         kept = flops.attention * tokens / (tokens + self.text_length)
         return 1 - kept / flops.forward
 
-    def updates_with(self, stage: str) -> int:
+    def updates_with(self, stage: StageName) -> int:
         """Times that an iteration goes through a stage: fresh tracking repeats its own."""
-        return max(1, self.fresh_updates) if stage in ("sample", "track") else 1
-
-    @property
-    def through_teacher(self) -> bool:
-        """The loss also passes through the teacher's input."""
-        return self.path is GradientPath.BOTH_SCORES
+        return self.kind.tracking_updates if STAGES[stage] in (SAMPLE, TRACK) else 1
 
     @property
     def program(self) -> Program:
@@ -312,16 +287,7 @@ class Workload:
         A diversity loss has no stages of its own here: `passes` adds its work to those of the same
         role.
         """
-        return iteration_program(
-            self.fresh_updates,
-            through_teacher=self.through_teacher,
-            mixes_weights=self.mixes_weights,
-            compared=None if self.heads is None else self.heads.compared,
-            consistency=self.consistency,
-            flow=self.flow,
-            matching=self.matching,
-            joint=self.joint_walk,
-        )
+        return iteration_program(replace(self.kind, diversity=False))
 
     @property
     def forward_flops(self) -> int:
@@ -387,20 +353,11 @@ class Workload:
     def passes_by_stage(self) -> Mapping[StageSpec, Passes]:
         """Passes of one sample, for one call of each stage."""
         return stage_passes(
-            path=self.path,
+            self.kind,
             rollout=self.rollout,
             sample=self.sample,
             guided=self.guided,
-            fresh_tracking=self.fresh_updates > 0,
             anchor_steps=self.diversity.num_anchor_steps,
-            looks=self.looks,
-            compared=None if self.heads is None else self.heads.compared,
-            compared_states=0 if self.heads is None else self.heads.num_states,
-            consistency=self.consistency,
-            flow=self.flow,
-            guided_flow=self.guided_flow,
-            matching=self.matching,
-            joint=self.joint_walk,
         )
 
 

@@ -14,7 +14,6 @@ from pipelines.planning.networks import (
     latent_buckets_of,
 )
 from sgmd_core.buckets import LatentBuckets
-from sgmd_core.objectives import ComparedStates, compared_by
 from workers.discriminator_heads import num_head_parameters
 from workers.models.shape import DenoiserShape, ModelShape
 from workers.network_settings import ComputeSettings, OptimizerSettings
@@ -27,15 +26,11 @@ class HeadsWork:
     """A discriminator: heads on a frozen copy of the teacher.
 
     Attributes:
-        compared: States that it compares.
-        num_states: States of a sample that it looks at.
         num_heads: Layers whose outputs have a head.
         num_parameters: Of all heads, which are trained in float32.
         weights: Type that the copy's weights are kept in.
     """
 
-    compared: ComparedStates
-    num_states: int
     num_heads: int
     num_parameters: int
     weights: str = "fp32"
@@ -43,12 +38,12 @@ class HeadsWork:
 
 def heads_of(config: DistillConfig, teacher: DenoiserShape) -> HeadsWork | None:
     """The discriminator's heads on a teacher of this shape; None for methods without one."""
-    compared, own, term = compared_by(config.objective), config.discriminator, config.adversary
-    if compared is None or term is None:
+    own = config.discriminator
+    if config.adversary is None:
         return None
     num_heads = len(own.layers_of(teacher.num_layers))
     of_each = num_head_parameters(teacher.width, own.width, own.num_strides)
-    return HeadsWork(compared, term.num_states, num_heads, num_heads * of_each, own.compute.weights)
+    return HeadsWork(num_heads, num_heads * of_each, own.compute.weights)
 
 
 def largest_size_label(config: DistillConfig, buckets: LatentBuckets, shape: DenoiserShape) -> str:

@@ -41,7 +41,7 @@ back. The dispatcher, the planner and the study read these constants.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -50,6 +50,7 @@ from cluster.schedule.program import Pass, Program, Stage, Update, WeightTransfe
 from cluster.schedule.schedule import GATHER, STEP, Call
 from cluster.worker_group import Future
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.stages.kind import ALGORITHM_1, IterationKind
 from sgmd_core.objectives import ComparedStates
 from workers.discriminator import Discriminator
 from workers.fake_score_tracker import FakeScoreTracker
@@ -324,91 +325,96 @@ STAGES = {
 assert {stage.name for stage in _UPDATES} == {GATHER, STEP}, "updates have names of their own"
 
 
-def iteration_program(
-    fresh_updates: int = 0,
-    *,
-    through_teacher: bool = False,
-    diversity: bool = False,
-    mixes_weights: bool = False,
-    compared: ComparedStates | None = None,
-    consistency: bool = False,
-    flow: bool = False,
-    matching: bool = True,
-    joint: bool = False,
-) -> Program:
+def iteration_program(kind: IterationKind = ALGORITHM_1) -> Program:
     """Program of one iteration: passes over the micro-batches, and updates.
 
     Args:
-        fresh_updates: Updates of the fake score, each on new samples of the updated generator; 0
-            tracks the samples that the generator learns from, in the same forward pass.
-        through_teacher: The loss also depends on the samples through the teacher's input, so each
-            signal passes through the teacher on its way back.
-        diversity: The generator also learns where the teacher goes from its initial noise.
-        mixes_weights: With fresh updates, the fake score first takes in the generator's weights.
-        compared: States that a discriminator compares; None without one.
-        consistency: The generator also learns from noised data.
-        flow: The generator learns the strides of its flow head from noised data.
-        matching: The generator learns from its own samples.
-        joint: The signal gathers what tracking would: `fake_score.walk`.
+        kind: Kind of the iteration.
+
+    Returns:
+        The program; of Algorithm 1, which is the default:
+
+            (
+                Pass((
+                    ROLLOUT.step(keeps_until=LEARN),
+                    DENOISE.step(ROLLOUT),
+                    SIGNAL.step(ROLLOUT, DENOISE, keeps_until=TRACK),
+                    TRACK.step(ROLLOUT),
+                    LEARN.step(SIGNAL),
+                )),
+                Update((GENERATOR, FAKE_SCORE)),
+            )
     """
-    shared = fresh_updates == 0
-    denoise = DENOISE.step(ROLLOUT, keeps_until=PULLBACK if through_teacher else None)
-    signalling = _signalling(compared, shared=shared, through_teacher=through_teacher, joint=joint)
-    distil = Pass(
-        (
-            *([START.step()] if diversity else []),
-            *([NOISE_DATA.step()] if consistency else []),
-            *([ROLLOUT.step(keeps_until=LEARN), denoise] if matching else []),
-            *([DENOISE_DATA.step(NOISE_DATA)] if consistency else []),
-            *([ANCHOR.step(START)] if diversity else []),
-            *(signalling if matching else ()),
-            *([LEARN_CONSISTENCY.step(NOISE_DATA, DENOISE_DATA)] if consistency else []),
-            *([LEARN_FLOW.step()] if flow else []),
-            *([DIVERSIFY.step(START, ANCHOR)] if diversity else []),
-        )
-    )
-    judges = () if compared is None else (DISCRIMINATOR,)
-    if shared:
+    distil = Pass(tuple(_distilling(kind)))
+    judges = () if kind.compared is None else (DISCRIMINATOR,)
+    if kind.shared:
         return (distil, Update((GENERATOR, FAKE_SCORE, *judges)))
     mix = WeightTransfer((GENERATOR, TRAINED_WEIGHTS.name), (FAKE_SCORE, MIX_WEIGHTS.name))
     track = Pass((SAMPLE.step(), TRACK.step(SAMPLE)))
     return (
         distil,
         Update((GENERATOR, *judges)),
-        *((mix,) if mixes_weights else ()),
-        *(track, Update((FAKE_SCORE,))) * fresh_updates,
+        *((mix,) if kind.mixes_weights else ()),
+        *(track, Update((FAKE_SCORE,))) * kind.fresh_updates,
     )
 
 
-def _signalling(
-    compared: ComparedStates | None, *, shared: bool, through_teacher: bool, joint: bool
-) -> tuple[Stage, ...]:
+def _distilling(kind: IterationKind) -> Iterator[Stage]:
+    """Stages of the pass that the generator learns from."""
+    if kind.diversity:
+        yield START.step()
+    if kind.consistency:
+        yield NOISE_DATA.step()
+    if kind.matching:
+        yield ROLLOUT.step(keeps_until=LEARN)
+        yield DENOISE.step(ROLLOUT, keeps_until=PULLBACK if kind.through_teacher else None)
+    if kind.consistency:
+        yield DENOISE_DATA.step(NOISE_DATA)
+    if kind.diversity:
+        yield ANCHOR.step(START)
+    if kind.matching:
+        comparing = kind.compared is ComparedStates.STEPS
+        yield from _learning_by_steps(kind) if comparing else _learning(kind)
+    if kind.consistency:
+        yield LEARN_CONSISTENCY.step(NOISE_DATA, DENOISE_DATA)
+    if kind.flow:
+        yield LEARN_FLOW.step()
+    if kind.diversity:
+        yield DIVERSIFY.step(START, ANCHOR)
+
+
+def _learning(kind: IterationKind) -> Iterator[Stage]:
     """Stages from the teacher's answer to the generator's learning."""
-    if compared is ComparedStates.STEPS:
-        return (
-            PREDICT.step(ROLLOUT, keeps_until=TRACK if shared else COMPLETE),
-            COMPARE_STEPS.step(ROLLOUT, DENOISE, PREDICT),
-            COMPLETE.step(COMPARE_STEPS),
-            # After COMPLETE, because tracking frees the graph that both go through.
-            *([TRACK.step(ROLLOUT, COMPLETE)] if shared else []),
-            LEARN.step(COMPLETE),
-        )
-    signal = PULLBACK if through_teacher else SIGNAL
-    making = SIGNAL.step(ROLLOUT, DENOISE, keeps_until=TRACK if shared else None)
-    return (
-        replace(making, gathers=joint),
-        *([TRACK.step(ROLLOUT)] if shared else []),
-        *([PULLBACK.step(ROLLOUT, SIGNAL)] if through_teacher else []),
-        *([COMPARE_DATA.step(ROLLOUT, signal)] if compared is ComparedStates.DATA else []),
-        LEARN.step(signal if compared is None else COMPARE_DATA),
-    )
+    signal = SIGNAL.step(ROLLOUT, DENOISE, keeps_until=TRACK if kind.shared else None)
+    yield replace(signal, gathers=kind.joint)
+    if kind.shared:
+        yield TRACK.step(ROLLOUT)
+    last = SIGNAL
+    if kind.through_teacher:
+        yield PULLBACK.step(ROLLOUT, SIGNAL)
+        last = PULLBACK
+    if kind.compared is ComparedStates.DATA:
+        yield COMPARE_DATA.step(ROLLOUT, last)
+        last = COMPARE_DATA
+    yield LEARN.step(last)
 
 
-def needs_data(program: Program) -> bool:
-    """Returns True if a stage of the program takes latents of the data."""
+def _learning_by_steps(kind: IterationKind) -> Iterator[Stage]:
+    """The same where a discriminator compares steps of teacher and fake score."""
+    yield PREDICT.step(ROLLOUT, keeps_until=TRACK if kind.shared else COMPLETE)
+    yield COMPARE_STEPS.step(ROLLOUT, DENOISE, PREDICT)
+    yield COMPLETE.step(COMPARE_STEPS)
+    if kind.shared:
+        # After COMPLETE, because tracking frees the graph that both go through.
+        yield TRACK.step(ROLLOUT, COMPLETE)
+    yield LEARN.step(COMPLETE)
+
+
+def needs_data(kind: IterationKind) -> bool:
+    """Returns True if a stage of such an iteration takes latents of the data."""
     return any(
         STAGES[stage.role, stage.name].needs_data
-        for part in program
+        for part in iteration_program(kind)
         if isinstance(part, Pass)
         for stage in part.stages
     )

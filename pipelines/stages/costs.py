@@ -36,9 +36,10 @@ from pipelines.stages.algorithm import (
     TRACK,
     StageSpec,
 )
+from pipelines.stages.kind import IterationKind
 from sgmd_core.metrics.lag import settling_updates
 from sgmd_core.objectives import ComparedStates, GradientPath
-from sgmd_core.types import Looks, Purpose
+from sgmd_core.types import Purpose
 from workers.models.shape import PassFlops
 
 
@@ -150,60 +151,37 @@ def mean_rollouts(config: DistillConfig) -> tuple[float, float]:
 
 
 def stage_passes(
-    *,
-    path: GradientPath,
-    rollout: float,
-    sample: float,
-    guided: bool,
-    fresh_tracking: bool,
-    anchor_steps: int = 0,
-    looks: Looks | None = None,
-    compared: ComparedStates | None = None,
-    compared_states: int = 2,
-    consistency: bool = False,
-    flow: bool = False,
-    guided_flow: bool = False,
-    matching: bool = True,
-    joint: bool = False,
+    kind: IterationKind, *, rollout: float, sample: float, guided: bool, anchor_steps: int = 0
 ) -> Mapping[StageSpec, Passes]:
     """Passes of one sample by stage, for one call of each.
 
+    The heads of a discriminator are not counted: of a large network they are less than a hundredth
+    of a pass. A flow head is asked three times, once with a graph, which is counted as one pass of
+    all inner steps.
+
     Args:
-        path: Ways by which the generator's loss depends on its samples.
+        kind: Kind of the iteration.
         rollout: Forward passes of a rollout of the generator's batch.
         sample: Forward passes of a rollout of a tracking batch.
         guided: The teacher predicts with and without the caption.
-        fresh_tracking: The fake score is tracked on samples of its own.
         anchor_steps: Steps of the teacher for a diversity loss; 0 without one.
-        looks: Score queries of the objective beside the one at the samples.
-        compared: States that a discriminator compares; None without one. Its heads are not counted:
-            of a large network they are less than a hundredth of a pass.
-        compared_states: States of a sample that the discriminator looks at: 2, and one more for a
-            penalty.
-        consistency: The generator also learns from noised data.
-        flow: The generator learns the strides of its flow head. It asks the head three times, once
-            with a graph, which is counted as one pass of all inner steps.
-        guided_flow: It does so along guided velocities, which takes one more pass.
-        matching: The generator learns from its own samples.
-        joint: The signal's backward pass is tracking's, too: `fake_score.walk`.
     """
-    looks, predictions = looks or Looks(), 2 if guided else 1
+    predictions = 2 if guided else 1
     # With shared tracking the forward pass is the signal's.
-    track = Passes(forwards=int(fresh_tracking), to_weights=1)
+    track = Passes(forwards=int(not kind.shared), to_weights=1)
     found = {TRACK: track}
-    if matching:
-        comparing = Passes(forwards=compared_states, to_input=1)
-        found = _matching_passes(path, rollout, predictions, looks, track, compared, comparing)
-    if joint:
+    if kind.matching:
+        found = _matching_passes(kind, rollout, predictions, track)
+    if kind.joint:
         found[SIGNAL] += replace(found[TRACK], joint=1)
         found[TRACK] = Passes()
-    if consistency:
+    if kind.consistency:
         found[NOISE_DATA] = Passes()
         found[DENOISE_DATA] = Passes(forwards=predictions)
         found[LEARN_CONSISTENCY] = Passes(forwards=2, to_weights=1, tangents=1)
-    if flow:
-        found[LEARN_FLOW] = Passes(forwards=1 + int(guided_flow), to_weights=1)
-    if fresh_tracking:
+    if kind.flow:
+        found[LEARN_FLOW] = Passes(forwards=1 + int(kind.guided_flow), to_weights=1)
+    if not kind.shared:
         found[SAMPLE] = Passes(forwards=sample)
     if anchor_steps:
         found[ANCHOR] = Passes(forwards=predictions * anchor_steps)
@@ -212,33 +190,28 @@ def stage_passes(
 
 
 def _matching_passes(
-    path: GradientPath,
-    rollout: float,
-    predictions: int,
-    looks: Looks,
-    track: Passes,
-    compared: ComparedStates | None,
-    comparing: Passes,
+    kind: IterationKind, rollout: float, predictions: int, track: Passes
 ) -> dict[StageSpec, Passes]:
     """Passes from a generator's samples to what it learns from them, and of tracking."""
-    off = int(looks.off_trajectory)
+    off, direct = int(kind.looks.off_trajectory), kind.path is GradientPath.SAMPLE
     found = {
         ROLLOUT: Passes(forwards=rollout + off),
-        DENOISE: Passes(forwards=predictions + off + int(looks.splits_guidance)),
-        SIGNAL: Passes(forwards=1 + off, to_input=0 if path is GradientPath.SAMPLE else 1 + off),
+        DENOISE: Passes(forwards=predictions + off + int(kind.looks.splits_guidance)),
+        SIGNAL: Passes(forwards=1 + off, to_input=0 if direct else 1 + off),
         TRACK: track,
         LEARN: Passes(to_weights=1 + off),
     }
-    if compared is ComparedStates.STEPS:
+    comparing = Passes(forwards=kind.compared_states, to_input=1)
+    if kind.compared is ComparedStates.STEPS:
         del found[SIGNAL]
         found |= {
             PREDICT: Passes(forwards=1),
             COMPARE_STEPS: comparing,
             COMPLETE: Passes(to_input=1),
         }
-    elif compared is ComparedStates.DATA:
+    elif kind.compared is ComparedStates.DATA:
         found[COMPARE_DATA] = comparing
-    if path is GradientPath.BOTH_SCORES:
+    if kind.through_teacher:
         found[PULLBACK] = Passes(forwards=predictions, to_input=predictions)
     return found
 

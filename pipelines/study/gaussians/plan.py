@@ -16,11 +16,11 @@ from pipelines.config.gaussian_study import (
 from pipelines.config.roles import GENERATOR
 from pipelines.stages.algorithm import SAMPLE, TRACK
 from pipelines.stages.costs import PassCosts, mean_rollout, stage_passes
+from pipelines.stages.kind import IterationKind
 from pipelines.study.gaussians.distilling import Member
 from sgmd_core.errors import ConfigError
-from sgmd_core.objectives import adversary_of, compared_by, phases_of, restarts_of
-from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
-from sgmd_core.objectives.meanflow import FlowObjective, flow_of
+from sgmd_core.objectives import phases_of, restarts_of
+from sgmd_core.objectives.meanflow import FlowObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Purpose
 
@@ -76,25 +76,13 @@ def units_per_iteration(
         rollout, sample = (
             phases.mean_length(purpose, iterations) for purpose in (Purpose.GENERATE, Purpose.TRACK)
         )
-    term = adversary_of(objective)
-    table = stage_passes(
-        path=objective.path,
-        rollout=rollout,
-        sample=sample,
-        guided=False,
-        fresh_tracking=is_fresh,
-        compared=compared_by(objective),
-        compared_states=2 if term is None else term.num_states,
-        consistency=consistency_of(objective) is not None,
-        flow=flow_of(objective) is not None,
-        matching=learns_from_samples(objective),
-    )
+    kind = IterationKind.of_objective(objective, objective.fake_updates if is_fresh else 0)
+    table = stage_passes(kind, rollout=rollout, sample=sample, guided=False)
     # The whole of a flow head goes all inner steps in a pass.
     inner = INNER_STEPS if isinstance(objective, FlowObjective) else 1
     head = PassCosts(inner * COSTS.to_input, inner * COSTS.to_weights, inner * COSTS.forward)
-    updates = objective.fake_updates if is_fresh else 1
     return sum(
-        (passes.times(updates) if stage in (SAMPLE, TRACK) else passes).units(
+        (passes.times(kind.tracking_updates) if stage in (SAMPLE, TRACK) else passes).units(
             head if stage.role == GENERATOR else COSTS
         )
         for stage, passes in table.items()

@@ -12,26 +12,29 @@ from cluster.schedule.schedule import GATHER, STEP, Call, order_calls
 from cluster.schedule.staleness import staleness
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.stages.algorithm import iteration_program
-from sgmd_core.objectives import ComparedStates
+from pipelines.stages.kind import IterationKind
+from sgmd_core.objectives import ComparedStates, GradientPath
 from tests.helpers.kept_graphs import graphs_kept
 
-PROGRAMS = {
-    "shared": iteration_program(),
-    "fresh": iteration_program(1),
-    "several updates": iteration_program(3),
-    "through the teacher": iteration_program(2, through_teacher=True),
-    "shared and through the teacher": iteration_program(through_teacher=True),
-    "one backward pass": iteration_program(joint=True),
-    "with diversity": iteration_program(diversity=True),
-    "with all": iteration_program(2, through_teacher=True, diversity=True, mixes_weights=True),
-    "comparing steps": iteration_program(compared=ComparedStates.STEPS),
-    "comparing steps, fresh": iteration_program(1, compared=ComparedStates.STEPS),
-    "comparing data": iteration_program(2, diversity=True, compared=ComparedStates.DATA),
-    "comparing data, shared": iteration_program(through_teacher=True, compared=ComparedStates.DATA),
-    "consistency": iteration_program(consistency=True),
-    "consistency alone": iteration_program(1, consistency=True, matching=False),
-    "strides": iteration_program(1, flow=True, matching=False),
+STEPS, DATA, BOTH = ComparedStates.STEPS, ComparedStates.DATA, GradientPath.BOTH_SCORES
+KINDS = {
+    "shared": IterationKind(),
+    "fresh": IterationKind(1),
+    "several updates": IterationKind(3),
+    "through the teacher": IterationKind(2, path=BOTH),
+    "shared and through the teacher": IterationKind(path=BOTH),
+    "one backward pass": IterationKind(joint=True),
+    "with diversity": IterationKind(diversity=True),
+    "with all": IterationKind(2, path=BOTH, diversity=True, mixes_weights=True),
+    "comparing steps": IterationKind(compared=STEPS),
+    "comparing steps, fresh": IterationKind(1, compared=STEPS),
+    "comparing data": IterationKind(2, diversity=True, compared=DATA),
+    "comparing data, shared": IterationKind(path=BOTH, compared=DATA),
+    "consistency": IterationKind(consistency=True),
+    "consistency alone": IterationKind(1, consistency=True, matching=False),
+    "strides": IterationKind(1, flow=True, matching=False),
 }
+PROGRAMS = {name: iteration_program(kind) for name, kind in KINDS.items()}
 TEAMS = [
     {
         GENERATOR: Team(1, g),

@@ -7,8 +7,8 @@ import torch
 
 from pipelines.config.methods import METHODS, method_name
 from pipelines.config.recipe import load_recipe
-from pipelines.distillation.iteration_plan import program_of
-from pipelines.stages.algorithm import needs_data
+from pipelines.stages.algorithm import iteration_program, needs_data
+from pipelines.stages.kind import IterationKind
 from sgmd_core.objectives import GradientPath, Objective, adversary_of
 from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.consistency import consistency_of
@@ -134,11 +134,14 @@ def test_strides_guided_away_from_a_caption_that_is_never_trained_are_warned_of(
 
 
 def test_rcm_without_its_consistency_asks_for_what_matching_asks_for():
-    alone = load_recipe("tiny-rcm", ["objective.consistency.weight=0"])
-    dmd2 = load_recipe("tiny-rcm", ["objective={method: dmd2, fake_updates: 4}"])
-    assert needs_data(program_of(load_recipe("tiny-rcm")))
-    assert not needs_data(program_of(alone))
-    assert program_of(alone) == program_of(dmd2)
+    overrides = ([], ["objective.consistency.weight=0"])
+    dmd2 = ["objective={method: dmd2, fake_updates: 4}"]
+    rcm, alone, dmd2 = (
+        IterationKind.of(load_recipe("tiny-rcm", each)) for each in (*overrides, dmd2)
+    )
+    assert needs_data(rcm)
+    assert not needs_data(alone)
+    assert iteration_program(alone) == iteration_program(dmd2)
 
 
 @pytest.mark.parametrize("order", ["sequential", "alternate"])

@@ -9,8 +9,9 @@ from pipelines.distillation.iteration_plan import stage_seconds
 from pipelines.distillation.pools import pools_of
 from pipelines.run.folder import RunFolder
 from pipelines.stages.algorithm import iteration_program
+from pipelines.stages.kind import IterationKind
 from sgmd_core.errors import ConfigError
-from sgmd_core.objectives import ComparedStates
+from sgmd_core.objectives import ComparedStates, GradientPath
 
 
 def test_every_role_asks_for_what_its_section_says():
@@ -68,13 +69,14 @@ def test_without_validation_nobody_validates():
 
 
 def test_a_direct_transport_carries_every_result_that_another_role_takes():
-    programs = [
-        iteration_program(through_teacher=True, diversity=True),
-        iteration_program(fresh_updates=1, mixes_weights=True),
-        iteration_program(compared=ComparedStates.STEPS),
-        iteration_program(compared=ComparedStates.DATA),
-        iteration_program(consistency=True),
+    kinds = [
+        IterationKind(path=GradientPath.BOTH_SCORES, diversity=True),
+        IterationKind(fresh_updates=1, mixes_weights=True),
+        IterationKind(compared=ComparedStates.STEPS),
+        IterationKind(compared=ComparedStates.DATA),
+        IterationKind(consistency=True),
     ]
+    programs = map(iteration_program, kinds)
     passes = [each for program in programs for each in program if isinstance(each, Pass)]
     stages = {stage.name: stage for each in passes for stage in each.stages}
     taken = {

@@ -14,6 +14,7 @@ from pipelines.planning.kept_bytes import pair_bytes
 from pipelines.planning.memory import derivative_bytes, generator_memory, teacher_memory
 from pipelines.planning.traffic import exchanged_bytes
 from pipelines.planning.workload import Workload
+from pipelines.stages.kind import IterationKind
 from tests.helpers.live_bytes import LiveBytes
 from tests.workers.test_wan_arithmetic import network
 from workers.compute import prepare_network
@@ -64,7 +65,7 @@ def test_a_derivative_in_forward_mode_takes_what_is_planned(sizes, latents):
     made, (x_t, sigma, text) = network(shape, sizes[2]), inputs(latents)
     direction = torch.randn_like(x_t), torch.ones(1)
     counted = peak_of(lambda: velocity_and_derivative(made, x_t, sigma, text, direction))
-    work = work_of(shape, latents, consistency=True)
+    work = work_of(shape, latents, kind=IterationKind(consistency=True))
     assert derivative_bytes(work, GENERATOR) == pytest.approx(counted, rel=NEAR)
     plain = work_of(shape, latents)
     # By far more than the tolerance.
@@ -108,7 +109,7 @@ def test_a_recipe_says_who_holds_all_pairs():
     settings += ["schedule.renoise=true", "fake_score.tracking=fresh"]
     work = Workload.of(load_recipe("wan21-1.3b", settings), "1.3b")
     assert work.all_pairs == {FAKE_SCORE}
-    assert work.consistency
+    assert work.kind.consistency
     pairs = 4 * 12 * 32760**2
     assert pair_bytes(work, TEACHER) == pairs
     assert generator_memory(work, 1, 1, 1).working > 5 * pairs

@@ -36,6 +36,7 @@ from pipelines.planning.search import PoolSplit, find_batch, find_best, predict,
 from pipelines.planning.stage_times import StageTimes, measured, modelled, rescaled, update_s
 from pipelines.planning.traffic import exchanged_bytes, gathered_bytes, result_bytes
 from pipelines.planning.workload import Workload
+from pipelines.stages.kind import IterationKind
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
@@ -269,7 +270,7 @@ class TestWork:
 
     def test_one_walk_for_both_gradients_saves_a_forward_pass_and_only_with_checkpointing(self):
         for work, saved in ((SMALL, 1), (replace(SMALL, checkpointing=frozenset()), 0)):
-            joint = replace(work, joint_walk=True).passes
+            joint = work.walking(joint=True).passes
             assert joint[FAKE_SCORE, "track"] == 0
             assert sum(joint.values()) == pytest.approx(sum(work.passes.values()) - saved)
 
@@ -285,7 +286,7 @@ class TestWork:
     def test_an_iteration_has_another_walk_only_where_a_recipe_may_ask_for_it(self, settings):
         work = Workload.of(load_recipe("wan21-1.3b"), "1.3b")
         other = work.other_walk
-        assert other == replace(work, joint_walk=True)
+        assert other == work.walking(joint=True)
         assert other is not None
         assert other.other_walk == work
         assert Workload.of(load_recipe("wan21-1.3b", settings), "1.3b").other_walk is None
@@ -294,7 +295,7 @@ class TestWork:
 
     def test_one_walk_for_both_gradients_gathers_the_weights_once_less(self):
         names = [(FAKE_SCORE, stage) for stage in ("signal", "track")]
-        apart, joint = (replace(SMALL, joint_walk=one) for one in (False, True))
+        apart, joint = (SMALL.walking(joint=one) for one in (False, True))
         # Forward and back twice, and the sum of the gradients in float32.
         weights, sums = (size * SMALL.shape.num_parameters for size in (2, 4))
         for work, times in ((apart, 3), (joint, 2)):
@@ -303,7 +304,7 @@ class TestWork:
         assert gathered_bytes(joint)[names[1]] == 0
 
     def test_fresh_tracking_samples_and_predicts_again(self):
-        extra = replace(SMALL, fresh_updates=1).passes
+        extra = replace(SMALL, kind=IterationKind(1)).passes
         assert extra[GENERATOR, "sample"] == 2.5
         assert extra[FAKE_SCORE, "track"] == pytest.approx(1 + 3, abs=1e-4)
 
@@ -325,7 +326,7 @@ class TestWork:
         assert work == replace(
             SMALL,
             batch_size=16,
-            fresh_updates=1,
+            kind=IterationKind(1),
             checkpointing=learners,
             teacher_weights="bf16",
         )
@@ -514,11 +515,11 @@ class TestMemory:
         work, whole = found["fp8"]
         assert parameters < whole.state < 1.1 * parameters
         assert whole.gathered == gathered_bytes(work)[TEACHER, "denoise"] == 0
-        through = replace(work, path=GradientPath.BOTH_SCORES)
+        through = replace(work, kind=replace(work.kind, path=GradientPath.BOTH_SCORES))
         assert teacher_memory(through, 4, 1).state == whole.state + 2 * parameters
 
     def test_samples_off_the_trajectory_take_a_second_graph(self):
-        off = replace(SMALL, looks=Looks(off_trajectory=True))
+        off = replace(SMALL, kind=IterationKind(looks=Looks(off_trajectory=True)))
         assert generator_memory(off, 1, 1, 2).graphs == 2 * generator_memory(SMALL, 1, 1, 2).graphs
         assert result_bytes(off)[GENERATOR, "rollout"] > result_bytes(SMALL)[GENERATOR, "rollout"]
 
@@ -529,7 +530,7 @@ class TestMemory:
         copy, heads = work.shape.num_parameters, work.heads.num_parameters
         assert memory.state == 4 * copy + 3 * 4 * heads
         features = 4 * 2 * 2 * work.shape.num_tokens(work.latent_shape) * work.shape.width
-        less = replace(work, heads=replace(work.heads, num_states=1))
+        less = replace(work, kind=replace(work.kind, compared_states=1))
         assert memory.working - discriminator_memory(less, 1, 2).working == 2 * features / 2
         half = discriminator_memory(work, 2, 2)
         assert half.state == memory.state / 2
@@ -732,13 +733,13 @@ class TestSearch:
         assert many.split.teacher > few.split.teacher
 
     def test_weights_that_are_handed_over_cost_their_way(self):
-        mixing = replace(SMALL, fresh_updates=1, mixes_weights=True)
+        mixing = replace(SMALL, kind=IterationKind(1, mixes_weights=True))
         # So fast that the next samples do not hide it.
         split, hardware = PoolSplit(2, 1, 2, 4, 2), Hardware(flops=1e17, wire_bandwidth=1e9)
         times = modelled(mixing, hardware)
         with_it, without = (
-            predict(replace(mixing, mixes_weights=mixes), times, hardware, split).iteration_s
-            for mixes in (True, False)
+            predict(work, times, hardware, split).iteration_s
+            for work in (mixing, replace(SMALL, kind=IterationKind(1)))
         )
         sent_s = 4 * SMALL.shape.num_parameters / 1e9
         assert 0.9 * sent_s < with_it - without < 1.1 * sent_s
@@ -918,7 +919,7 @@ class TestMeasured:
             measured(run, works[0])
 
     def test_measured_times_of_one_walk_are_rescaled_from_two_and_back(self):
-        hardware, joint = Hardware(), replace(SMALL, joint_walk=True)
+        hardware, joint = Hardware(), SMALL.walking(joint=True)
         apart_s, joint_s = (modelled(work, hardware) for work in (SMALL, joint))
         there, back = (
             rescaled(apart_s, SMALL, joint, hardware),
@@ -960,13 +961,13 @@ class TestMeasured:
         run = {"shape": own, "latent_shape": list(LATENTS), "text_length": 512, "stages": stages}
         file = tmp_path / "gpu.json"
         file.write_text(json.dumps({"machine": {"device": "a test"}, "runs": [run]}))
-        fresh = replace(SMALL, fresh_updates=5)
+        fresh = replace(SMALL, kind=IterationKind(5))
         times = measured(file, fresh)
         assert times.seconds[GENERATOR, "sample"] == times.seconds[GENERATOR, "rollout"]
         assert times.seconds[FAKE_SCORE, "track"] == pytest.approx(4 * 0.5, rel=1e-4)
         assert "generator.sample taken for generator.rollout" in times.source
         with pytest.raises(ConfigError, match=r"teacher\.pullback") as refused:
-            measured(file, replace(fresh, path=GradientPath.BOTH_SCORES))
+            measured(file, replace(SMALL, kind=IterationKind(5, GradientPath.BOTH_SCORES)))
         assert "plan without --measured" in str(refused.value)
 
     def test_a_benchmark_is_scaled_by_operations(self, tmp_path):
@@ -1294,8 +1295,8 @@ def test_the_walk_back_is_chosen_and_told_by_what_the_layouts_take():
     tight = Hardware(memory_gb=24)
     found = fastest_fit(work, partial(modelled, hardware=tight), tight, 2)
     assert found is not None
-    assert not found.work.joint_walk
-    once = replace(found.work, joint_walk=True)
+    assert not found.work.kind.joint
+    once = found.work.walking(joint=True)
     layouts = [best_layouts(one, modelled(one, tight), tight, 2)[0] for one in (found.work, once)]
     assert [layout.name for layout in layouts] == ["map", "map"]
     assert layouts[0].iteration_s < layouts[1].iteration_s
