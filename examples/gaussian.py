@@ -3,12 +3,11 @@
 import torch
 
 import sgmd
-from sgmd_core.worlds.gaussian import AffineGenerator, LearnedGaussian
 
 torch.manual_seed(0)
 text = sgmd.gaussian_text(mean=torch.full((64,), 0.7), std=torch.full((64,), 0.5))
-teacher, generator = sgmd.GaussianVelocity(), AffineGenerator(mean=0.0, std=1.0)
-fake_score = LearnedGaussian(mean=0.0, std=1.0)
+teacher, generator = sgmd.GaussianVelocity(), sgmd.AffineGenerator(mean=0.0, std=1.0)
+fake_score = sgmd.LearnedGaussian(mean=0.0, std=1.0)
 objective, grid = sgmd.SgmdObjective(lambda_nr=0.0), sgmd.FlowMatchSchedule().few_step_grid(1)
 steps_generator = torch.optim.Adam(generator.parameters(), lr=1e-2, betas=(0.0, 0.999))
 steps_fake = torch.optim.Adam(fake_score.parameters(), lr=4e-2, betas=(0.0, 0.999))

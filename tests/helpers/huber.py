@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sgmd_core.objectives import GradientPath
-from sgmd_core.objectives.dmd import denoising_loss
-from sgmd_core.objectives.fisher import x0_gap
-from sgmd_core.types import Latents, Loss, NoisedBatch, float32
+from sgmd import GradientPath, Latents, Loss, NoisedBatch, denoising_loss, float32, x0_gap
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,19 +21,33 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cluster.files import whole_folder
-from sgmd_core.errors import ModelFolderError, ShapeError
-from workers.models.architecture import CheckedComponent, NetworkKind, check_network
-from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
-from workers.models.exporting import Components, copy_components
-from workers.models.family import Denoiser, FamilyTraits
-from workers.models.folder import ClipGeometry, FolderLayout, LatentShape, ModelFolder
-from workers.models.loading import load_network
-from workers.models.sampling import EulerSampler, SamplingRules
-from workers.models.shape import ModelShape, PassFlops
-from workers.models.sharded_loading import load_sharded
-from workers.models.vocabulary import UnknownWords
-from workers.models.weights import DIFFUSERS_STEM
+from sgmd import (
+    CONFIG_FILE,
+    DIFFUSERS_STEM,
+    INDEX_FILE,
+    CheckedComponent,
+    ClipGeometry,
+    Components,
+    Denoiser,
+    EulerSampler,
+    FamilyTraits,
+    FolderLayout,
+    LatentShape,
+    ModelFolder,
+    ModelFolderError,
+    ModelShape,
+    NetworkKind,
+    PassFlops,
+    SamplingRules,
+    ShapeError,
+    UnknownWords,
+    check_network,
+    copy_components,
+    load_network,
+    load_sharded,
+    read_model_json,
+    whole_folder,
+)
 
 DENOISER, WORDS, CODEC = "denoiser", "words", "codec"
 _TIME_FEATURES = 3
