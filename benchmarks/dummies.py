@@ -9,7 +9,7 @@ rehearsed on a small machine.
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,13 @@ from cluster.schedule.program import Team
 from cluster.schedule.schedule import Call
 from cluster.schedule.simulate import Costs, mean_period
 from cluster.worker_group import Future, WorkerGroup, made_together, taken_by
+
+
+def in_sequence(calls: Sequence[Call]) -> list[Call]:
+    """The same calls one after another, each made when the one before has ended: no overlap."""
+    return [
+        replace(call, waits_for=(place - 1,) if place else ()) for place, call in enumerate(calls)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

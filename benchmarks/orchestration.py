@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from documents import write_document
-from dummies import run_dummies
+from dummies import in_sequence, run_dummies
 from harness import Groups, Setting, rehearse_setting, sleepers
 from orchestration_maps import (
     LAYOUTS,
@@ -41,7 +41,7 @@ from orchestration_scaling import measure_scaling
 from orchestration_transfer import measure_transfer
 from orchestration_validation import measure_validation, write_docs
 
-from cluster.schedule.simulate import Costs, in_sequence, simulate
+from cluster.schedule.simulate import Costs, simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 
 GENERATOR_BOUND = (160.0, 80.0, 60.0, 50.0, 120.0)

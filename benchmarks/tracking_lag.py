@@ -15,12 +15,12 @@ import statistics
 from collections.abc import Sequence
 
 import torch
+from known_lag import KnownLag, known_lags
 
 from pipelines.config.gaussian_study import GaussianStudyConfig, GaussianVariant, MixtureSettings
 from pipelines.config.lag import LagSettings
 from pipelines.config.recipe_files import load
 from pipelines.study.gaussians.distilling import GaussianDistillation, Member
-from pipelines.study.gaussians.lagging import KnownLag, known_lags
 from sgmd_core.worlds.shapes import spearman
 
 FAKE_RATES = (1e-3, 3e-3, 1e-2)

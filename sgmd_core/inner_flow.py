@@ -165,16 +165,3 @@ def inner_sample(head: InnerHead, inner_noise: Latents, grid: InnerGrid) -> Late
         s, r = (levels[at].expand(len(y)) for at in (step, step + 1))
         y = inner_update(y, head(y, s, r), s, r)
     return y
-
-
-def transition_x0(x_t: Latents, velocity: Latents, sigma: PerSample) -> Latents:
-    """Clean latents that a transition leads to from its own state: x_t - sigma y."""
-    return x_t - per_sample(sigma, x_t) * velocity
-
-
-def transition_x0_of_data(noise: Latents, velocity: Latents) -> Latents:
-    """Clean latents that a transition leads to from noised data, whose noise is known: x_1 - y.
-
-    From x_t it would mix in (1 - sigma) of the data that were noised.
-    """
-    return noise - velocity

@@ -15,7 +15,7 @@ this order can be worked through: the bound that measurements are held against.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from cluster.schedule.chains import gangs_of, join_calls
@@ -256,13 +256,6 @@ def _handed_on(calls: Sequence[Call], processes: Sequence[Process]) -> set[int]:
         for taken in call.inputs
         if processes[taken] != processes[place]
     }
-
-
-def in_sequence(calls: Sequence[Call]) -> list[Call]:
-    """The same calls one after another, each made when the one before has ended: no overlap."""
-    return [
-        replace(call, waits_for=(place - 1,) if place else ()) for place, call in enumerate(calls)
-    ]
 
 
 def _hop_s(maker: Call, costs: Costs) -> float:

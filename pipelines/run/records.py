@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from cluster.redaction import without_secrets
 from pipelines.config.figures import HEADLINE_FIGURES
@@ -23,7 +23,6 @@ EventKind = Literal[
     "storage_back",
     "replanned",
 ]
-EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 """Names of the events, as events.jsonl, W&B and the report use them."""
 
 GOOD_NEWS: frozenset[EventKind] = frozenset({"recovered", "restarted", "storage_back", "replanned"})
@@ -154,7 +153,7 @@ class RunEvent:
     """One line of events.jsonl.
 
     Attributes:
-        kind: One of `EVENT_KINDS`.
+        kind: One of `EventKind`.
         cause: One sentence about what happened.
         action: One sentence about what was done; empty where nothing was.
         role: Role or helper of the process: "generator", "feed"; empty where it is about none.

@@ -2,11 +2,17 @@
 
 import pytest
 
-from benchmarks.dummies import DummyWorker, SimulatedRun, make_dummy_worker, run_dummies
+from benchmarks.dummies import (
+    DummyWorker,
+    SimulatedRun,
+    in_sequence,
+    make_dummy_worker,
+    run_dummies,
+)
 from cluster.local import LocalWorkerGroup
 from cluster.schedule.program import Team
 from cluster.schedule.schedule import Call, order_calls
-from cluster.schedule.simulate import Costs, by_stage, in_sequence, simulate
+from cluster.schedule.simulate import Costs, by_stage, simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.stages.algorithm import iteration_program
 from tests.cluster.toys import WAIT_S

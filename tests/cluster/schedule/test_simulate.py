@@ -4,9 +4,10 @@ from itertools import pairwise
 
 import pytest
 
+from benchmarks.dummies import in_sequence
 from cluster.schedule.program import Pass, Stage, Team, Update
 from cluster.schedule.schedule import Call, order_calls
-from cluster.schedule.simulate import Cause, Costs, Timeline, by_stage, in_sequence, simulate
+from cluster.schedule.simulate import Cause, Costs, Timeline, by_stage, simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.stages.algorithm import iteration_program
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from benchmarks.known_lag import exact_velocity, known_lags
 from pipelines.config.gaussian_study import GaussianStudyConfig, GaussianVariant, MixtureSettings
 from pipelines.config.lag import LagSettings
 from pipelines.config.recipe_files import load
 from pipelines.study.gaussians.distilling import GaussianDistillation, Member, points
-from pipelines.study.gaussians.lagging import exact_velocity, known_lags
 from sgmd_core.metrics.lag import tracking_lag
 from tests.helpers.moves import assert_moves
 
