@@ -40,10 +40,10 @@ from sgmd_core.worlds.readings import motion_of, read_clips, score_reading
 from workers.build import encoder_dtype
 from workers.clip_sets import ClipRequest, sample_clip_set
 from workers.clip_settings import VideoSettings
-from workers.evaluator import Sampling
 from workers.kept_clips import KeptClips
 from workers.measured_clips import MeasuredClips
 from workers.models.content import model_digests
+from workers.samplings import Sampling
 from workers.set_measures import motion_figures
 from workers.settings import ModelSettings
 

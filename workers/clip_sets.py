@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sgmd_core.metrics.frechet import clip_features
 from sgmd_core.worlds import WorldName
-from workers.evaluator import Evaluator, Sampling, to_pixels
+from workers.evaluator import Evaluator, to_pixels
 from workers.feature_network import FeatureExtractor
 from workers.measured_clips import MeasuredClips, Measurer, concatenate_clips
+from workers.samplings import Sampling
 
 
 @dataclass(frozen=True, slots=True)

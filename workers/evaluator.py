@@ -12,7 +12,6 @@ of sampling see the same noise when they use the same seed, however the captions
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from traceback import clear_frames
 from typing import Protocol, Self
 
@@ -51,21 +50,6 @@ class VideoDecoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents (b, c, t, h, w) to clips (b, 3, t', h', w') in [0, 1]."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """A way of sampling.
-
-    Attributes:
-        num_steps: Euler steps.
-        guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is the conditional prediction alone.
-        seed: Seed of the initial noise.
-    """
-
-    num_steps: int
-    guidance_scale: float
-    seed: int
 
 
 def clips_side_by_side(most: int, tokens: int) -> int:

@@ -31,9 +31,10 @@ from sgmd_core.metrics.jackknife import Influence, Kept, influences, jackknife_i
 from sgmd_core.worlds.readings import motion_of
 from sgmd_core.worlds.shapes import ClipReading, labels_from_captions, spearman
 from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
-from workers.evaluator import Evaluator, Sampling
+from workers.evaluator import Evaluator
 from workers.kept_clips import KeptClips
 from workers.measured_clips import MeasuredClips
+from workers.samplings import Sampling
 from workers.set_measures import compare_motions
 
 _RESAMPLING_SEED = 0

@@ -13,10 +13,7 @@ from rich.text import Text
 
 from pipelines.evaluation.result import (
     BUILT_IN_FEATURES,
-    FLOOR,
     GENERATOR,
-    REFERENCE,
-    TEACHER_FEW,
     ErrorBar,
     Evaluation,
     EvaluationRow,
@@ -24,6 +21,7 @@ from pipelines.evaluation.result import (
     with_error,
 )
 from pipelines.reporting.names import title
+from workers.samplings import FLOOR, REFERENCE, TEACHER_FEW
 
 MOTION = "flow_top"
 """The measure of motion to lead with: the mean over all pixels hides small things that move."""

@@ -56,9 +56,9 @@ from workers.build import (
     build_teacher,
     build_text_encoder,
 )
-from workers.evaluator import Sampling
 from workers.kept_clips import KeptClips, clip_facts
 from workers.models.families import modules_of
+from workers.samplings import REFERENCE, TEACHER_FEW, teacher_samplings
 from workers.settings import ModelSettings
 from workers.text_encoder import TextEncoder
 
@@ -353,13 +353,16 @@ def feed_arguments(
 def _validation_plan(
     config: DistillConfig, checked: Preflight, folder: RunFolder
 ) -> ValidationPlan:
+    samplings = teacher_samplings(
+        config.validation.teacher_steps,
+        config.teacher.guidance_scale,
+        config.generator.num_steps,
+        config.seed,
+    )
     return ValidationPlan(
         captions=checked.held_out,
-        # Another seed than the teacher's: the distance must not profit from shared noise.
-        generator=Sampling(config.generator.num_steps, 1.0, config.seed + 1),
-        teacher=Sampling(
-            config.validation.teacher_steps, config.teacher.guidance_scale, config.seed
-        ),
+        generator=samplings[TEACHER_FEW],
+        teacher=samplings[REFERENCE],
         fps=config.video.fps,
         samples=shared_place(folder.samples),
         outage_s=config.recovery.storage_outage_s,

@@ -21,8 +21,9 @@ from sgmd_core.worlds.readings import world_of
 from workers.build import build_evaluator
 from workers.clip_sets import ClipRequest
 from workers.clip_settings import VideoSettings
-from workers.evaluator import CHUNK_CLIPS, Evaluator, Sampling
+from workers.evaluator import CHUNK_CLIPS, Evaluator
 from workers.kept_clips import KeptClips
+from workers.samplings import Sampling
 from workers.settings import GeneratorSettings, ModelSettings
 from workers.validation_evaluator import ValidationEvaluator, ValidationReport
 

@@ -18,8 +18,7 @@ from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.inspect import first_captions
 from pipelines.distillation.position import model_differences, read_identity
-from pipelines.evaluation.result import FLOOR, GENERATOR, TEACHER_FEW
-from pipelines.evaluation.teacher_sets import teacher_samplings
+from pipelines.evaluation.result import GENERATOR
 from pipelines.media.inference import InferenceSettings, read_inference_settings
 from pipelines.run.folder import RunFolder, require_output_folder
 from pipelines.run.generator_folder import model_folder
@@ -28,13 +27,14 @@ from sgmd_core.errors import ConfigError, ModelFolderError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, FlowMatchSchedule
 from workers.build import build_evaluator, encoder_dtype
 from workers.clip_settings import VideoSettings
-from workers.evaluator import TOKENS_SIDE_BY_SIDE, Evaluator, Sampling
+from workers.evaluator import TOKENS_SIDE_BY_SIDE, Evaluator
 from workers.kept_clips import clip_facts
 from workers.models.addresses import local_model
 from workers.models.content import model_digests
 from workers.models.families import family_of
 from workers.models.folder import require_encoders
 from workers.models.weight_digests import require_same_weights
+from workers.samplings import FLOOR, TEACHER_FEW, Sampling, teacher_samplings
 from workers.settings import ModelSettings
 
 _DEFAULT_TEACHER_STEPS = 30
@@ -162,7 +162,7 @@ class EvaluationPlan:
     Attributes:
         generator: What is judged.
         teacher: What it is judged by.
-        samplings: How each set is sampled, by the names of `pipelines.evaluation.result`.
+        samplings: How each set is sampled, by names of `workers.samplings` and `GENERATOR`.
         captions: One clip each in every set.
         captions_from: Folder of their shards.
         output: Where the results go.

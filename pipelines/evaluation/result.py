@@ -12,15 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.storage import write_json
 from sgmd_core.errors import CheckpointError
+from workers.samplings import TEACHER_FEW
 
 MAX_DISTANCE_RATIO = 0.5
 MIN_SHARE_RIGHT = 0.9
 MAX_SPEED_CHANGE = 0.1
 
-REFERENCE = "reference"
-FLOOR = "floor"
-TEACHER_FEW = "teacher_few"
-TEACHER_FEW_GUIDED = "teacher_few_guided"
 GENERATOR = "generator"
 
 BUILT_IN_FEATURES = "built-in"
@@ -63,7 +60,7 @@ class EvaluationRow(Record):
     """One way of sampling, measured.
 
     Attributes:
-        name: Which one, as the constants of this module call it.
+        name: Which one: a name of `workers.samplings`, or `GENERATOR`.
         label: The same for a reader.
         num_steps: Denoising steps.
         guidance_scale: s in `uncond + s * (cond - uncond)`.

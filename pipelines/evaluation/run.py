@@ -28,10 +28,7 @@ from torch import Tensor
 from pipelines.evaluation.plan import EvaluationOptions, EvaluationPlan, plan_evaluation
 from pipelines.evaluation.result import (
     BUILT_IN_FEATURES,
-    FLOOR,
     GENERATOR,
-    REFERENCE,
-    TEACHER_FEW,
     ErrorBar,
     Evaluation,
     EvaluationRow,
@@ -57,6 +54,7 @@ from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
 from workers.evaluator import Evaluator
 from workers.feature_network import FeatureNetwork
 from workers.models.content import fingerprint
+from workers.samplings import FLOOR, REFERENCE, TEACHER_FEW
 from workers.set_measures import compare_motions
 
 OnProgress = Callable[[str, int, int], None]

@@ -1,53 +1,18 @@
-"""Sets of a teacher's clips, sampled once and remembered as numbers.
-
-    reference             guided teacher, many steps, seed A
-    floor                 the same with seed B: the distance that chance makes
-    teacher_few           teacher, as many steps as the generator, unguided, seed B
-    teacher_few_guided    the same, guided, seed B
-
-Seed B is another one than the reference's, or distances would profit from common noise. The sets
-of seed B start from the noise of the generator's clips.
-"""
+"""Sets of a teacher's clips, sampled once and remembered as numbers: `workers.samplings`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.evaluation.result import (
-    BUILT_IN_FEATURES,
-    FLOOR,
-    REFERENCE,
-    TEACHER_FEW,
-    TEACHER_FEW_GUIDED,
-)
+from pipelines.evaluation.result import BUILT_IN_FEATURES
 from sgmd_core.metrics.frechet import clip_features
 from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
-from workers.evaluator import Evaluator, Sampling
+from workers.evaluator import Evaluator
 from workers.feature_network import FeatureExtractor
 from workers.kept_clips import KeptClips, set_name
+from workers.samplings import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED, Sampling
 
 TEACHER_SETS = (REFERENCE, FLOOR, TEACHER_FEW, TEACHER_FEW_GUIDED)
-
-
-def teacher_samplings(
-    teacher_steps: int, guidance_scale: float, few_steps: int, seed: int
-) -> dict[str, Sampling]:
-    """Returns the ways of sampling a teacher, by the names at the top of this file.
-
-    Args:
-        teacher_steps: Steps of the reference.
-        guidance_scale: Guidance of the reference.
-        few_steps: Steps of the generator.
-        seed: Seed A; seed B is the next number.
-    """
-    reference = Sampling(teacher_steps, guidance_scale, seed)
-    few = Sampling(few_steps, 1.0, seed + 1)
-    return {
-        REFERENCE: reference,
-        FLOOR: replace(reference, seed=few.seed),
-        TEACHER_FEW: few,
-        TEACHER_FEW_GUIDED: replace(few, guidance_scale=guidance_scale),
-    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cluster.errors import StorageError
 from cluster.files import write_whole
-from pipelines.evaluation.result import GENERATOR, REFERENCE, Evaluation
+from pipelines.evaluation.result import GENERATOR, Evaluation
 from pipelines.evaluation.run import EVALUATION_FILE
 from pipelines.exporting.source import TrainedGenerator
 from pipelines.reporting.names import in_order
@@ -25,6 +25,7 @@ from sgmd_core.errors import CheckpointError
 from workers.models.addresses import is_hub_id
 from workers.models.configs import INDEX_FILE, read_model_json
 from workers.models.weights import lacks_weights
+from workers.samplings import REFERENCE
 
 CARD = "README.md"
 _CLIPS = "samples"

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from cluster.logs import is_number
-from pipelines.evaluation.result import FLOOR, GENERATOR, REFERENCE, decimals_for
+from pipelines.evaluation.result import GENERATOR, decimals_for
 from pipelines.media.charts import number
+from workers.samplings import FLOOR, REFERENCE
 
 _SECONDS = "seconds_per_clip"
 _FACTS = ("num_steps", "guidance_scale", "seed")

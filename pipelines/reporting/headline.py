@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.evaluation.result import TEACHER_FEW
 from pipelines.media.charts import number
 from pipelines.reporting.curves import LabelledRun
 from pipelines.reporting.figures import SamplingRow, SamplingRows, ShownFigure, read_rows
 from pipelines.reporting.names import about, in_order, title
 from pipelines.run.ranking import Contender, not_told_apart
+from workers.samplings import TEACHER_FEW
 
 _PLOT_W, _PLOT_H = 110, 18
 _PLOT_LOW, _PLOT_HIGH = 0.5, 1.5

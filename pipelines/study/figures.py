@@ -12,7 +12,6 @@ from html import escape
 from pathlib import Path
 
 from cluster.storage import write_text
-from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW
 from pipelines.media.charts import Plane, linear_axis, number
 from pipelines.media.plot_files import (
     FRAME,
@@ -28,6 +27,7 @@ from pipelines.media.plot_files import (
 from pipelines.planning.passes import role_of
 from pipelines.study.results import StudyResult, mean_curve
 from pipelines.study.tables import stage_costs
+from workers.samplings import FLOOR, REFERENCE, TEACHER_FEW
 
 QUALITY = "frechet"
 MOTION = "flow_top"

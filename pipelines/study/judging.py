@@ -16,8 +16,7 @@ from torch import Tensor
 from pipelines.config.recipe import DistillConfig
 from pipelines.data.stream.inspect import first_captions
 from pipelines.distillation.preflight import run_preflight
-from pipelines.evaluation.result import REFERENCE, TEACHER_FEW
-from pipelines.evaluation.teacher_sets import TEACHER_SETS, TeacherSets, teacher_samplings
+from pipelines.evaluation.teacher_sets import TEACHER_SETS, TeacherSets
 from sgmd_core.metrics.frechet import Features, Gaussian, fit_gaussian, frechet_distance
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.worlds.readings import motion_of, world_of
@@ -29,6 +28,7 @@ from workers.models.content import fingerprint
 from workers.models.families import family_of
 from workers.models.folder import require_encoders
 from workers.role_state import load_role
+from workers.samplings import REFERENCE, TEACHER_FEW, teacher_samplings
 from workers.set_measures import motion_figures
 
 Figures = Mapping[str, float]

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from pipelines.evaluation.result import REFERENCE
 from pipelines.run.ranking import Contender, not_told_apart
 from pipelines.study.hypotheses import Verdict
 from pipelines.study.judging import Figures
 from pipelines.study.measured_runs import Point, RunResult
+from workers.samplings import REFERENCE
 
 SCORE = "frechet"
 """Figure that variants are compared by."""

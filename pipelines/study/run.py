@@ -25,7 +25,6 @@ from pipelines.distillation.branching import states_of
 from pipelines.distillation.position import differences
 from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.run import NOT_NEEDED, distill
-from pipelines.evaluation.result import REFERENCE
 from pipelines.planning.passes import expected_passes, pass_costs, units_by_role
 from pipelines.run.folder import RunFolder, git_revision, require_output_folder, versions
 from pipelines.run.observer import RunObserver
@@ -63,6 +62,7 @@ from pipelines.study.results import StudyResult
 from pipelines.study.speed import seconds_per_unit
 from pipelines.study.tables import cost_csv, results_csv, results_markdown
 from sgmd_core.errors import ConfigError, StopRequestedError
+from workers.samplings import REFERENCE
 
 _log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
 from pipelines.planning.passes import role_of
 from pipelines.study.hypotheses import record_words, verdict_rows
 from pipelines.study.results import SeedSpread, StudyResult
+from workers.samplings import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
 
 TEACHER_LABELS = {
     REFERENCE: "teacher, many guided steps",

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.run import distill
-from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW
 from pipelines.run.folder import RunFolder
 from pipelines.run.observer import RunObserver
 from pipelines.run.progress import LineObserver
@@ -34,8 +33,9 @@ from tests.e2e.processes import ROOT, TIMEOUT_S
 from tests.helpers.s3_server import S3Server, use_server
 from workers.build import build_evaluator
 from workers.clip_sets import ClipRequest
-from workers.evaluator import CHUNK_CLIPS, Sampling
+from workers.evaluator import CHUNK_CLIPS
 from workers.role_state import load_role
+from workers.samplings import FLOOR, REFERENCE, TEACHER_FEW, Sampling
 from workers.validation_evaluator import ValidationEvaluator
 
 STUDY = (

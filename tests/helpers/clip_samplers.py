@@ -3,8 +3,8 @@
 import torch
 
 from workers.clip_sets import ClipRequest, ClipSet
-from workers.evaluator import Sampling
 from workers.measured_clips import MeasuredClips
+from workers.samplings import Sampling
 
 REQUEST = ClipRequest(("a red circle",), Sampling(30, 5.0, 0), 16, 8, world=None, shown=(0,))
 

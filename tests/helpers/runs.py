@@ -6,10 +6,7 @@ from pathlib import Path
 
 from pipelines.config.recipe import load_recipe
 from pipelines.evaluation.result import (
-    FLOOR,
     GENERATOR,
-    REFERENCE,
-    TEACHER_FEW,
     ErrorBar,
     Evaluation,
     EvaluationRow,
@@ -22,6 +19,7 @@ from pipelines.media.contact_sheet import write_contact_sheet
 from pipelines.run.folder import RunFolder, append_jsonl
 from pipelines.run.records import IterationRecord, ValidationRecord
 from pipelines.shapes import FPS, ClipSplit, render_batch
+from workers.samplings import FLOOR, REFERENCE, TEACHER_FEW
 
 NUM_ITERATIONS = 60
 

@@ -17,9 +17,9 @@ from tests.helpers.clip_samplers import REQUEST, CountingSampler
 from tests.helpers.logs import record_warnings
 from workers.clip_sets import ClipRequest, ClipSet
 from workers.clip_settings import VideoSettings
-from workers.evaluator import Sampling
 from workers.kept_clips import KeptClips, clip_facts, load_clip_set, save_clip_set, set_name
 from workers.measured_clips import MeasuredClips
+from workers.samplings import Sampling
 from workers.settings import ModelSettings
 
 ROOT = Path(__file__).parents[2]

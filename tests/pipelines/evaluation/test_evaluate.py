@@ -20,10 +20,7 @@ from pipelines.commands.evaluation_table import legend, table, verdict_lines
 from pipelines.config.recipe import load_recipe
 from pipelines.evaluation.plan import plan_evaluation, sampling_precision
 from pipelines.evaluation.result import (
-    FLOOR,
     GENERATOR,
-    REFERENCE,
-    TEACHER_FEW,
     CriterionResult,
     Evaluation,
     EvaluationRow,
@@ -47,6 +44,7 @@ from workers.measures import CLIP_MEASURES, MOTION_MEASURES
 from workers.models.content import model_digests
 from workers.models.families import family_of
 from workers.models.weight_digests import write_model_settings
+from workers.samplings import FLOOR, REFERENCE, TEACHER_FEW
 
 CAPTIONS = captions(ClipSplit.HELD_OUT)[:4]
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.clips.clip_decoding import decode_video
-from pipelines.evaluation.result import GENERATOR, REFERENCE
+from pipelines.evaluation.result import GENERATOR
 from pipelines.reporting.clips import MAX_MEDIA_BYTES, Media, clip_table
 from pipelines.reporting.curves import LabelledRun
 from pipelines.reporting.page import write_report
@@ -21,6 +21,7 @@ from pipelines.run.folder import append_jsonl
 from pipelines.run.records import RunEvent
 from sgmd_core.errors import CheckpointError, ConfigError
 from tests.helpers.runs import finish_run, start_run, write_alarms
+from workers.samplings import REFERENCE
 
 VOID_TAGS = ("meta", "img", "link", "input", "br")
 
