@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,6 +63,35 @@ def test_imports_go_down_only():
         [sys.executable, "-c", linter], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_module_imports_one_that_imports_it_not_even_inside_a_function():
+    modules = {
+        relative(path).removesuffix(".py").replace("/", "."): tree for path, tree in trees().items()
+    }
+    graph = {
+        module: imported_by(tree) & modules.keys() - {module} for module, tree in modules.items()
+    }
+    assert sum(map(len, graph.values())) > 2000
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
+
+
+def imported_by(tree: ast.AST) -> set[str]:
+    """Modules that a file imports, but for those that type checkers alone see."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        else:
+            found |= imported_by(node)
+    return found
 
 
 # One interpreter for all of them: loading torch and the networks takes ten seconds.

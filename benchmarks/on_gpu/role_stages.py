@@ -31,7 +31,7 @@ from on_gpu.cases import (
     synchronize,
 )
 from sgmd_core.types import GeneratorSignal, MicroBatchKey, NoisedBatch, TeacherPrediction
-from workers.models.wan_family import WAN
+from workers.models.wan_configs import WAN
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
 """Dense bfloat16, by what the device's name holds; from the vendor's data sheets."""

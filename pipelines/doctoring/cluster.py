@@ -19,8 +19,7 @@ from pipelines.doctoring.comparison import (
     judge_sharing,
     judge_store,
 )
-from pipelines.doctoring.connection import Wanted
-from pipelines.doctoring.findings import Finding, Status
+from pipelines.doctoring.findings import Finding, Status, Wanted
 from pipelines.doctoring.probe import MachineFacts, MachineProbe, make_probe, versions_here
 from pipelines.doctoring.probes import Probes
 from workers.models.addresses import is_address

@@ -1,24 +1,9 @@
 """Connection to a cluster that is to be examined, or the reason why there is none."""
 
-from dataclasses import dataclass
-
 from cluster.inventory import take_inventory
 from cluster.runtime import start_ray
-from pipelines.doctoring.findings import Finding, Status
+from pipelines.doctoring.findings import Finding, Status, Wanted
 from sgmd_core.errors import SgmdError
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Things that a run will need on every machine.
-
-    Attributes:
-        storage: Folders and addresses that it writes to.
-        models: Folders and addresses of models that it reads.
-    """
-
-    storage: tuple[str, ...] = ()
-    models: tuple[str, ...] = ()
 
 
 def examine_cluster(address: str, wanted: Wanted) -> list[Finding]:

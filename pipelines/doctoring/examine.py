@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from cluster.redaction import has_user, without_secrets
-from pipelines.doctoring.findings import Finding, Status
+from pipelines.doctoring.findings import Finding, Status, Wanted
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
@@ -48,7 +48,7 @@ def _examine(address: str | None, places: list[str], models: list[str]) -> list[
         looked = [look_at_model(model) for model in dict.fromkeys(models)]
         return [*examine_machine(), *map(try_storage, places), *looked]
     # One machine needs no Ray; and a cluster that refuses us is told before torch is loaded.
-    from pipelines.doctoring.connection import Wanted, examine_cluster
+    from pipelines.doctoring.connection import examine_cluster
 
     wanted = Wanted(tuple(dict.fromkeys(places)), tuple(dict.fromkeys(models)))
     return examine_cluster(address, wanted)

@@ -1,4 +1,4 @@
-"""Findings of the checks, and several machines' findings in one line."""
+"""Findings of the checks, several machines' findings in one line, and what a run will need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +14,19 @@ class Status(StrEnum):
     GOOD = "good"
     LIMITED = "limited"
     MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Things that a run will need on every machine.
+
+    Attributes:
+        storage: Folders and addresses that it writes to.
+        models: Folders and addresses of models that it reads.
+    """
+
+    storage: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

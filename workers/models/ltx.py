@@ -36,7 +36,7 @@ from workers.models.exporting import (
 from workers.models.family import Denoiser
 from workers.models.folder import ClipGeometry
 from workers.models.loading import load_network
-from workers.models.ltx_family import (
+from workers.models.ltx_configs import (
     FRAME_RATE,
     LAYOUT,
     TEXT_ENCODER,

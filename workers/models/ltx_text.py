@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from workers.models.architecture import NetworkKind, check_network
 from workers.models.loading import load_network, load_tokenizer, require_telling_apart
-from workers.models.ltx_family import (
+from workers.models.ltx_configs import (
     LAYOUT,
     TEXT_ENCODER,
     TOKENIZER,

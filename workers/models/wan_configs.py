@@ -19,9 +19,16 @@ from workers.models.configs import (
     read_model_json,
     require_plain_weights,
 )
-from workers.models.folder import FolderLayout, one_denoiser_layout, require_class
+from workers.models.folder import (
+    ClipGeometry,
+    FolderLayout,
+    geometry_as_released,
+    one_denoiser_layout,
+    require_class,
+)
 from workers.models.weights import DIFFUSERS_STEM, lacks_weights
 
+WAN = "wan"
 TRANSFORMER, VAE, TEXT_ENCODER = "transformer", "vae", "text_encoder"
 TOKENIZER = "tokenizer"
 LOW_NOISE = "transformer_2"
@@ -57,6 +64,13 @@ EXPERTS_LAYOUT = replace(
     LAYOUT, experts=(LOW_NOISE,), weights={**LAYOUT.weights, LOW_NOISE: DIFFUSERS_STEM}
 )
 """Wan 2.2 A14B: two denoisers, each for a range of noise levels."""
+
+
+SAMPLED_PX = 16
+"""Sides of clips are multiples of it in WanPipeline, whatever the networks take."""
+RELEASED_GEOMETRY = ClipGeometry(16, temporal_factor=4, spatial_factor=8, patch_size=(1, 2, 2))
+# The autoencoder of Wan 2.2's 5B packs 2 x 2 pixels into channels before it halves three times.
+WIDE_STRIDE_GEOMETRY = replace(RELEASED_GEOMETRY, latent_channels=48, spatial_factor=16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,3 +282,14 @@ def _require_text_input(part: Path, config: Mapping[str, Any]) -> None:
 
 def _unsupported(folder: Path, found: str, expected: str) -> ModelFolderError:
     return ModelFolderError(f"reading {folder / INDEX_FILE}", found, expected, REMEDY)
+
+
+def wan_geometry(folder: Path, channels: int, patch_size: tuple[int, int, int]) -> ClipGeometry:
+    """Sizes of latents of a Wan folder without a configuration of its autoencoder.
+
+    Raises:
+        ModelFolderError: No released Wan has so many channels.
+    """
+    released = (RELEASED_GEOMETRY, WIDE_STRIDE_GEOMETRY)
+    found = geometry_as_released(folder, VAE, channels, patch_size, released)
+    return replace(found, sampled_px=SAMPLED_PX)

@@ -26,12 +26,13 @@ from workers.models.wan_arithmetic import RELEASED_SHAPES, ExpertsShape, WanShap
 from workers.models.wan_configs import (
     EXPERTS_LAYOUT,
     LOW_NOISE,
+    RELEASED_GEOMETRY,
     TRANSFORMER,
     read_component,
     require_alike,
     require_supported_index,
 )
-from workers.models.wan_family import RELEASED_ENCODERS, RELEASED_GEOMETRY, WAN_TRAITS, WanFamily
+from workers.models.wan_family import RELEASED_ENCODERS, WAN_TRAITS, WanFamily
 
 if TYPE_CHECKING:
     from workers.models.experts import ExpertDenoiser

@@ -32,7 +32,6 @@ from workers.models.folder import (
     ClipGeometry,
     EncoderSizes,
     ModelFolder,
-    geometry_as_released,
 )
 from workers.models.sampling import ClipSampler, SamplingRules
 from workers.models.shape import DenoiserShape, ModelShape
@@ -41,21 +40,24 @@ from workers.models.wan_arithmetic import RELEASED_SHAPES, WanShape
 from workers.models.wan_configs import (
     LAYOUT,
     OTHER_PIPELINES,
+    RELEASED_GEOMETRY,
     REMEDY,
+    SAMPLED_PX,
     TOKENIZER,
     TRANSFORMER,
     VAE,
+    WAN,
+    WIDE_STRIDE_GEOMETRY,
     read_component,
     refuse_original_release,
     require_supported_index,
     require_wan_index,
+    wan_geometry,
 )
 
 if TYPE_CHECKING:
     from workers.models.wan import VideoVae
     from workers.models.wan_text import CaptionEncoder
-
-WAN = "wan"
 
 
 def _exchange() -> ExchangeFiles:
@@ -65,11 +67,6 @@ def _exchange() -> ExchangeFiles:
     return WanExchange()
 
 
-SAMPLED_PX = 16
-"""Sides of clips are multiples of it in WanPipeline, whatever the networks take."""
-RELEASED_GEOMETRY = ClipGeometry(16, temporal_factor=4, spatial_factor=8, patch_size=(1, 2, 2))
-# The autoencoder of Wan 2.2's 5B packs 2 x 2 pixels into channels before it halves three times.
-_WIDE_STRIDE_GEOMETRY = replace(RELEASED_GEOMETRY, latent_channels=48, spatial_factor=16)
 RELEASED_ENCODERS = EncoderSizes(text=5_680_910_336, autoencoder=126_892_531)
 """UMT5-XXL's encoder, and the autoencoder of Wan 2.1."""
 _WIDE_STRIDE_ENCODERS = replace(RELEASED_ENCODERS, autoencoder=704_688_668)
@@ -95,7 +92,7 @@ WAN_TRAITS = FamilyTraits(
         for name, shape in RELEASED_SHAPES.items()
         for geometry, encoders in (
             (RELEASED_GEOMETRY, RELEASED_ENCODERS),
-            (_WIDE_STRIDE_GEOMETRY, _WIDE_STRIDE_ENCODERS),
+            (WIDE_STRIDE_GEOMETRY, _WIDE_STRIDE_ENCODERS),
         )
         if geometry.latent_channels == shape.in_channels
     },
@@ -118,17 +115,6 @@ WAN_TRAITS = FamilyTraits(
     keep_fp32=frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),
     modules=("workers.models.wan", "workers.models.wan_text"),
 )
-
-
-def wan_geometry(folder: Path, channels: int, patch_size: tuple[int, int, int]) -> ClipGeometry:
-    """Sizes of latents of a Wan folder without a configuration of its autoencoder.
-
-    Raises:
-        ModelFolderError: No released Wan has so many channels.
-    """
-    released = (RELEASED_GEOMETRY, _WIDE_STRIDE_GEOMETRY)
-    found = geometry_as_released(folder, VAE, channels, patch_size, released)
-    return replace(found, sampled_px=SAMPLED_PX)
 
 
 class WanFamily:

@@ -21,13 +21,15 @@ from workers.models.wan_configs import (
     EXPERTS_LAYOUT,
     LAYOUT,
     REMEDY,
+    SAMPLED_PX,
     TEXT_ENCODER,
     TRANSFORMER,
     VAE,
+    WAN,
     read_component,
     read_configs,
+    wan_geometry,
 )
-from workers.models.wan_family import SAMPLED_PX, WAN, wan_geometry
 from workers.models.weights import ForeignNames
 
 _SCRIPT = "scripts/convert_wan_to_diffusers.py of diffusers"

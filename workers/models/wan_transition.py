@@ -39,7 +39,7 @@ from workers.models.wan_configs import (
 )
 from workers.models.wan_folder import build_component, check_component, inspect_wan_folder
 from workers.models.wan_text import load_text
-from workers.models.wan_transition_family import (
+from workers.models.wan_transition_configs import (
     FLOW_HEAD,
     PREFIXES,
     TRANSITION_LAYOUT,

@@ -31,7 +31,7 @@ from pipelines.data.shards.index import (
     write_index,
 )
 from pipelines.data.shards.listing import QUARANTINE_NAME, is_shard
-from pipelines.data.shards.parquet import read_parquet
+from pipelines.data.shards.opening import read_parquet
 from pipelines.data.shards.rejection import Rejection, from_parquet, to_parquet, too_many_bad
 from pipelines.data.shards.schema import SAMPLE_ID
 from pipelines.data.shards.shard_writing import ShardBuilder, write_file, write_shard

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from cluster.redaction import printable
+from pipelines.data.shards.rejection import Reason, join_reason
 from pipelines.data.shards.schema import (
     CAPTION,
     FPS,
@@ -96,9 +97,6 @@ def paths_alone(content: pa.ChunkedArray, column: pa.ChunkedArray) -> dict[int, 
         return {}
     if not _is_text(kind.field(_PATH).type):
         return {}
-    # A module of rejections reads Parquet files, and so imports this one.
-    from pipelines.data.shards.rejection import Reason, join_reason
-
     paths = pc.struct_field(column, _PATH)
     is_empty = pc.equal(pc.fill_null(pc.binary_length(content), 0), 0)
     if not pc.any(is_empty).as_py():

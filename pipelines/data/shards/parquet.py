@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +23,7 @@ from fsspec import AbstractFileSystem
 from pipelines.data.shards.columns import ColumnMap, ColumnNames, map_columns
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.native import Group, NativeReader, native_filesystem
+from pipelines.data.shards.opening import open_parquet
 from pipelines.data.shards.reading import Fault, Range, fetch, words_of
 
 _FOOTER_GUESS_BYTES = 64 * 2**10
@@ -49,31 +49,6 @@ class Footer:
         """Rows of each row group."""
         count = self.metadata.num_row_groups
         return tuple(self.metadata.row_group(index).num_rows for index in range(count))
-
-
-def open_parquet(
-    source: Any,  # noqa: ANN401 - fsspec's files have no common type
-    **options: Any,  # noqa: ANN401 - handed on
-) -> pq.ParquetFile:
-    """A Parquet file that is read by the thread that asks, if that also says `use_threads=False`.
-
-    Reading ahead, Arrow's default, is done by a thread of its own that lets go of the file a moment
-    after the reader has its rows. Where the file is Python's and the process ends in that moment,
-    it ends with SIGABRT (apache/arrow#34314).
-
-    Args:
-        source: The file.
-        options: Of `pyarrow.parquet.ParquetFile`.
-    """
-    return pq.ParquetFile(source, pre_buffer=False, **options)
-
-
-def read_parquet(
-    source: Any,  # noqa: ANN401 - fsspec's files have no common type
-    columns: Sequence[str] | None = None,
-) -> pa.Table:
-    """A whole file that is open for reading, or some columns of it."""
-    return open_parquet(source).read(columns=columns and [*columns], use_threads=False)
 
 
 def read_footers(

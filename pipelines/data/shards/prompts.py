@@ -14,7 +14,7 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from pipelines.data.shards.filesystem import S3Settings
-from pipelines.data.shards.parquet import open_parquet
+from pipelines.data.shards.opening import open_parquet
 from pipelines.data.shards.reading import fetch_file
 from pipelines.data.shards.schema import (
     CAPTION,

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.data.shards.parquet import read_parquet
+from pipelines.data.shards.opening import read_parquet
 from sgmd_core.errors import DataError
 
 _SCHEMA = pa.schema(

@@ -16,7 +16,8 @@ PROGRAM = """
 import io, os, sys
 from pathlib import Path
 from pipelines.data.shards.filesystem import S3Settings, open_folder
-from pipelines.data.shards.parquet import RowGroupReader, read_parquet
+from pipelines.data.shards.opening import read_parquet
+from pipelines.data.shards.parquet import RowGroupReader
 
 folder, way = sys.argv[1:]
 path = next(Path(folder).glob("*.parquet"))
