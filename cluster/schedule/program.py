@@ -1,4 +1,4 @@
-"""An iteration as data: passes over the micro-batches, updates, handovers.
+"""An iteration as data: passes over the micro-batches, updates, transfers of weights.
 
     Pass(Stage("paint", "maker", keeps_until="learn"), Stage("look", "judge", takes=("paint",)), ..)
     Update("maker", "judge")
@@ -289,7 +289,7 @@ def check_program(program: Program, teams: Mapping[str, Team]) -> None:
             _check_update(part, teams)
             continue
         if isinstance(part, WeightTransfer):
-            _check_handover(part, teams)
+            _check_transfer(part, teams)
             continue
         known: dict[str, Stage] = {}
         for stage in part.stages:
@@ -316,8 +316,8 @@ def _check_update(update: Update, teams: Mapping[str, Team]) -> None:
             )
 
 
-def _check_handover(handover: WeightTransfer, teams: Mapping[str, Team]) -> None:
-    for role, stage in (handover.giver, handover.taker):
+def _check_transfer(transfer: WeightTransfer, teams: Mapping[str, Team]) -> None:
+    for role, stage in (transfer.giver, transfer.taker):
         if role not in teams:
             raise _contradiction(Stage(stage, role), f"is done by {role} of {sorted(teams)}")
 

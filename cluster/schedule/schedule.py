@@ -5,9 +5,9 @@
     judge       c0 |    c1 |    c2 |    c3 |    | update       d = 2 micro-batches in flight
 
 A *program* says what has to happen, as data: passes, whose stages every micro-batch goes through,
-updates and handovers. `order_calls` turns it into the list of calls that one controller makes. Each
-process works through its calls in the order in which they were made, so this order *is* the
-schedule. It keeps four promises:
+updates and transfers of weights. `order_calls` turns it into the list of calls that one controller
+makes. Each process works through its calls in the order in which they were made, so this order *is*
+the schedule. It keeps four promises:
 
 * A call comes after the calls whose results it takes.
 * A role gathers gradients in one order, micro-batch after micro-batch, whatever the depth and the
@@ -61,7 +61,7 @@ class Call:
         role: Whom it goes to.
         rank: Which of the role's processes.
         stage: What is asked for.
-        micro_batch: Which micro-batch; None in an update or a handover.
+        micro_batch: Which micro-batch; None in an update or a transfer.
         samples: First sample of the micro-batch that it is about, and one past the last.
         stands_in: Its rank has no sample of its own, and works on the first one with weight 0, for
             the collectives of its replica; the result is not fetched.
@@ -92,12 +92,12 @@ class Call:
 
     @property
     def num_samples(self) -> int:
-        """Samples that count; 0 in an update, a handover, or for a rank that has none."""
+        """Samples that count; 0 in an update, a transfer, or for a rank that has none."""
         return 0 if self.stands_in else self.num_computed
 
     @property
     def num_computed(self) -> int:
-        """Samples that it works on; 0 in an update or a handover."""
+        """Samples that it works on; 0 in an update or a transfer."""
         return self.samples[1] - self.samples[0]
 
 

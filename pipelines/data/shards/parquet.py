@@ -29,7 +29,7 @@ from pipelines.data.shards.reading import Fault, Range, fetch, words_of
 _FOOTER_GUESS_BYTES = 64 * 2**10
 _MERGE_GAP_BYTES = 64 * 2**10
 _NUM_CACHED_FOOTERS = 256
-_MAX_VAIN_READS = 3
+_MAX_FAILED_NATIVE_READS = 3
 _MAGIC = b"PAR1"
 _LFS_MARK = b"version https://git-lfs"
 _IN_ITS_PLACE = "a pointer of Git LFS stands in its place: `git lfs pull` fetches the file"
@@ -101,7 +101,7 @@ class RowGroupReader:
         self._names = names
         self._footers: OrderedDict[str, Footer | Fault] = OrderedDict()
         self._unanswered: dict[str, Fault] = {}
-        self._vain_reads = 0
+        self._failed_native_reads = 0
 
     def footers(self, shards: Sequence[tuple[str, int]]) -> list[Footer | Fault]:
         """The footers of files, given by relative path and size.
@@ -134,19 +134,19 @@ class RowGroupReader:
             DataError: See `fetch`.
         """
         if self._native is None:
-            return self._carefully(groups, columns)
+            return self._read_via_fsspec(groups, columns)
         if any(path in self._unanswered for path, _, _ in groups):
             # Arrow would wait for them again.
-            return self._carefully(groups, columns)
+            return self._read_via_fsspec(groups, columns)
         quick = self._native.read(groups, columns)
         left = [
             group
             for group, found in zip(groups, quick, strict=True)
             if isinstance(found, Exception)
         ]
-        careful = self._carefully(left, columns) if left else []
-        self._heed(quick, careful)
-        rest = iter(careful)
+        slow = self._read_via_fsspec(left, columns) if left else []
+        self._judge_native(quick, slow)
+        rest = iter(slow)
         return [next(rest) if isinstance(found, Exception) else found for found in quick]
 
     @cached_property
@@ -159,16 +159,16 @@ class RowGroupReader:
             return None
         return None if client is None else NativeReader(client, self._root, self._names)
 
-    def _heed(
-        self, quick: Sequence[pa.Table | Exception], careful: Sequence[pa.Table | Fault]
+    def _judge_native(
+        self, quick: Sequence[pa.Table | Exception], slow: Sequence[pa.Table | Fault]
     ) -> None:
         """Gives Arrow's reader up where it can read nothing time and again, and we can."""
         errors = [found for found in quick if isinstance(found, Exception)]
         if len(errors) < len(quick):
-            self._vain_reads = 0
-        elif any(isinstance(found, pa.Table) for found in careful):
-            self._vain_reads += 1
-            if self._vain_reads == _MAX_VAIN_READS:
+            self._failed_native_reads = 0
+        elif any(isinstance(found, pa.Table) for found in slow):
+            self._failed_native_reads += 1
+            if self._failed_native_reads == _MAX_FAILED_NATIVE_READS:
                 self._native = None
                 self._give_up(errors[-1])
 
@@ -180,7 +180,9 @@ class RowGroupReader:
             words_of(error),
         )
 
-    def _carefully(self, groups: Sequence[Group], columns: Sequence[str]) -> list[pa.Table | Fault]:
+    def _read_via_fsspec(
+        self, groups: Sequence[Group], columns: Sequence[str]
+    ) -> list[pa.Table | Fault]:
         footers = self.footers([(path, size) for path, size, _ in groups])
         plans: list[_Plan | Fault] = [
             self._plan(group, footer, columns)

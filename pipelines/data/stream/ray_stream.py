@@ -243,7 +243,7 @@ def _execute(
         object_store_memory=ahead.store_mb * 2**20 / 2
     )
     others = [*rows.context.custom_execution_callback_classes]
-    rows.context.custom_execution_callback_classes = [*others, cast("Any", Unhurried)]
+    rows.context.custom_execution_callback_classes = [*others, cast("Any", IdleBackoff)]
     # What is fetched ahead here would be taken from what the readers may hold.
     blocks = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     yield from cast("Generator[pa.Table]", iter(blocks))
@@ -281,7 +281,7 @@ def lines_dataset(
     return lines
 
 
-class Unhurried:
+class IdleBackoff:
     """Lets an execution rest while it has nothing to do; a callback of Ray Data's.
 
     An execution that has read as far ahead as it may has no task to wait for. Ray Data's loop then
