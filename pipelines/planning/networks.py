@@ -18,15 +18,6 @@ from workers.models.family import ModelFamily
 from workers.models.shape import DenoiserShape, ModelShape
 from workers.models.wan_arithmetic import ExpertsShape
 
-_OF_THE_HUB = {
-    "Wan2.1-T2V-1.3B-Diffusers": "1.3b",
-    "Wan2.1-T2V-14B-Diffusers": "14b",
-    "Wan2.2-TI2V-5B-Diffusers": "5b",
-    "Wan2.2-T2V-A14B-Diffusers": "a14b",
-    "LTX-Video": "ltx-2b",
-}
-"""Names of `released_models` by the names of their folders on the hub."""
-
 
 def released_models() -> dict[str, ModelShape]:
     """Shapes of the released models of all families, by name."""
@@ -113,10 +104,7 @@ def family_of_role(config: DistillConfig, role: str, model: str | None = None) -
     if model and models[role] == models[GENERATOR]:
         return next(one for one in families() if model.lower() in one.traits.released)
     folder = model_on_this_machine(models[role])
-    known = None if folder.exists() else _OF_THE_HUB.get(folder.name)
-    if known is not None:
-        return next(one for one in families() if known in one.traits.released)
-    return family_of(folder)
+    return _family_on_hub(folder) or family_of(folder)
 
 
 def _released(model: str) -> ModelShape:
@@ -128,8 +116,17 @@ def _released(model: str) -> ModelShape:
 
 def _read_or_known(folder: Path) -> ModelShape:
     """Shape of another role's model: of one that is not here, by its name on the hub."""
-    known = None if folder.exists() else _OF_THE_HUB.get(folder.name)
-    return _read(folder) if known is None else _released(known)
+    family = _family_on_hub(folder)
+    if family is None:
+        return _read(folder)
+    return family.traits.released[family.traits.on_hub[folder.name]]
+
+
+def _family_on_hub(folder: Path) -> ModelFamily | None:
+    """Family of a model that is not here, by the name of its folder on the hub, if known."""
+    if folder.exists():
+        return None
+    return next((one for one in families() if folder.name in one.traits.on_hub), None)
 
 
 def _read(folder: Path) -> ModelShape:

@@ -206,6 +206,7 @@ class FamilyTraits:
             gradients, `workers.joint_walk`.
         relatives: Kind of model by `_class_name` of pipelines that cannot be distilled.
         released: Shapes of released models by name, to plan for before a folder is there.
+        on_hub: Names of `released` by the names of their folders on the hub.
         keep_fp32: Parts of names, between dots, of weights that exports keep in float32.
         exchange: Makes what writes the denoiser for other programs; None: nothing does.
         taught_by: Families of teachers and fake scores, for models whose velocities are samples and
@@ -226,6 +227,7 @@ class FamilyTraits:
     modules: tuple[str, ...] = ()
     taught_by: frozenset[str] = frozenset()
     limits: str = ""
+    on_hub: Mapping[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -111,6 +111,7 @@ _TRAITS = FamilyTraits(
             EncoderSizes(text=4_762_310_656, autoencoder=419_193_649),
         )
     },
+    on_hub={"LTX-Video": "ltx-2b"},
     modules=("workers.models.ltx", "workers.models.ltx_text"),
 )
 

@@ -64,6 +64,7 @@ _TRAITS = replace(
             ExpertsShape(RELEASED_SHAPES["14b"]), RELEASED_GEOMETRY, RELEASED_ENCODERS
         )
     },
+    on_hub={"Wan2.2-T2V-A14B-Diffusers": "a14b"},
     exchange=_exchange,
 )
 

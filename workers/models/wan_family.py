@@ -96,6 +96,11 @@ WAN_TRAITS = FamilyTraits(
         )
         if geometry.latent_channels == shape.in_channels
     },
+    on_hub={
+        "Wan2.1-T2V-1.3B-Diffusers": "1.3b",
+        "Wan2.1-T2V-14B-Diffusers": "14b",
+        "Wan2.2-TI2V-5B-Diffusers": "5b",
+    },
     computes=frozenset(
         {
             "bf16",

@@ -40,6 +40,7 @@ _TRAITS = replace(
     sampling=replace(WAN_TRAITS.sampling, source="the folder's family"),
     relatives={},
     released={},
+    on_hub={},
     computes=frozenset({"bf16", "checkpointing"}),
     exchange=None,
     taught_by=frozenset({WAN}),
