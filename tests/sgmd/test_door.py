@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_every_public_name_is_there_and_is_listed_by_the_module_that_defines_it(
         for name in names:
             value = getattr(sgmd, name)
             assert getattr(value, "__module__", module).partition(".")[0] != "sgmd"
-            defined = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text()).body
+            defined = ast.parse(Path(str(import_module(module).__file__)).read_text()).body
             assert name in names_defined(defined), (module, name)
 
 
