@@ -27,12 +27,14 @@ from sgmd_core.errors import StaleCallError as StaleCallError
 from sgmd_core.interval import interval_state as interval_state
 from sgmd_core.interval import interval_velocity as interval_velocity
 from sgmd_core.objectives import AdversarialObjective as AdversarialObjective
+from sgmd_core.objectives import CautiousObjective as CautiousObjective
 from sgmd_core.objectives import ComparedStates as ComparedStates
 from sgmd_core.objectives import GradientPath as GradientPath
 from sgmd_core.objectives import LookingObjective as LookingObjective
 from sgmd_core.objectives import Objective as Objective
 from sgmd_core.objectives import PhasingObjective as PhasingObjective
 from sgmd_core.objectives import SteppingObjective as SteppingObjective
+from sgmd_core.objectives import WarmingObjective as WarmingObjective
 from sgmd_core.objectives.adm import AdmObjective as AdmObjective
 from sgmd_core.objectives.adversarial import AdversarialTerm as AdversarialTerm
 from sgmd_core.objectives.cdm import CdmObjective as CdmObjective

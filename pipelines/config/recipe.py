@@ -41,13 +41,7 @@ from pipelines.config.overrides import Override, apply_overrides, require_single
 from pipelines.config.recovery import RecoverySettings
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, ROLES, TEACHER
 from pipelines.config.section import Section
-from pipelines.config.seldom_meant import (
-    collapsing_levels,
-    departures,
-    odd_ends,
-    split_factors,
-    unlearned_guidance,
-)
+from pipelines.config.seldom_meant import odd_ends, split_factors, unlearned_guidance
 from pipelines.config.sequence import sequence_contradictions
 from pipelines.config.shuffled import part_contradictions, shuffling_contradictions
 from pipelines.config.steps import step_contradictions
@@ -59,7 +53,7 @@ from pipelines.config.unreached import unreached_parts
 from pipelines.config.unread import unread_settings
 from pipelines.config.walk import walk_contradictions
 from sgmd_core.buckets import drawn_bucket
-from sgmd_core.objectives import adversary_of, first_exit_of, looks_of
+from sgmd_core.objectives import adversary_of, cautions_of, first_exit_of, looks_of
 from sgmd_core.objectives.adversarial import AdversarialTerm
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.phases import Phases
@@ -342,8 +336,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         ),
         *unreached_parts(config),
         *odd_ends(config.schedule),
-        *collapsing_levels(config.objective, config.schedule),
-        *departures(config.objective),
+        *cautions_of(config.objective, config.schedule),
         *split_factors(config.teacher, config.teams[TEACHER]),
     )
     for sentence in told:

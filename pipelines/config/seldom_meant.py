@@ -4,8 +4,6 @@ from collections.abc import Iterator
 
 from cluster.schedule.program import Team
 from sgmd_core.objectives.meanflow import flow_of
-from sgmd_core.objectives.phased import PhasedObjective
-from sgmd_core.objectives.tmd import TmdObjective
 from sgmd_core.schedule import NUM_SCORE_LEVELS, FlowMatchSchedule
 from workers.settings import TeacherSettings
 
@@ -29,24 +27,6 @@ def odd_ends(schedule: FlowMatchSchedule) -> Iterator[str]:
         yield (
             "schedule.steps end at 0: that step goes nowhere, and samples that leave there teach "
             "the generator nothing; leave it out, the end at 0 is added"
-        )
-
-
-def collapsing_levels(objective: object, schedule: FlowMatchSchedule) -> Iterator[str]:
-    """Returns a sentence where the score levels are those of samples that collapsed.
-
-    Args:
-        objective: Section `objective`.
-        schedule: Section `schedule`.
-    """
-    if not isinstance(objective, TmdObjective) or not objective.matches:
-        return
-    shift = schedule.shift if schedule.score_shift is None else schedule.score_shift
-    if shift <= 1:
-        yield (
-            f"schedule.score_shift {shift:g} looks at all noise levels alike: in the paper of tmd "
-            "samples then collapse to one composition, which its quality score does not show; the "
-            "paper has 5. Watch diversity_ratio"
         )
 
 
@@ -92,19 +72,4 @@ def split_factors(teacher: TeacherSettings, team: Team) -> Iterator[str]:
             f"a micro-batch are shared out among {parts} parts of the teacher: the numbers are "
             "not those of topology.mode=local, nor of another placement; give the teacher one rank "
             "and one replica, or set teacher.cfg_norm=layer_norm"
-        )
-
-
-def departures(objective: object) -> Iterator[str]:
-    """Returns a sentence where settings are named after a trainer whose numbers they do not make.
-
-    Args:
-        objective: Section `objective`.
-    """
-    if isinstance(objective, PhasedObjective) and objective.order == "alternate":
-        yield (
-            "objective.order alternate has the order and the levels of the released trainer, which "
-            "has a fake score for each phase; here one learns from both, and follows the mean of "
-            "two laws above the boundary until the low phase keeps the law of the high one. The "
-            "paper's order, sequential, has no such mean"
         )

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from sgmd_core.objectives.cdm import CdmObjective
+from sgmd_core.objectives import WarmingObjective
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.phases import Phases
 
@@ -46,14 +46,8 @@ def unreached_parts(run: "DistillConfig") -> Iterator[str]:
             f"(objective.consistency.warmup {term.warmup}), so {ends}; set "
             f"objective.consistency.warmup below {iterations}, or more iterations"
         )
-    if isinstance(objective, CdmObjective) and objective.off_trajectory:
-        warmup, reached = objective.off_trajectory_warmup, iterations - 1
-        if reached < warmup:
-            yield (
-                f"iterations {iterations} end within objective.off_trajectory_warmup {warmup}, so "
-                "the loss off the trajectory never has more than "
-                f"{reached / warmup:.2g} of its weight; set a shorter warm-up, or more iterations"
-            )
+    if isinstance(objective, WarmingObjective):
+        yield from objective.unreached(iterations)
 
 
 def _unreached_rates(run: "DistillConfig") -> Iterator[str]:

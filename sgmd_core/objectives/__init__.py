@@ -18,6 +18,7 @@ decides whose parameters receive the gradient.
     gap = x0_fake - x0_teacher, residual = x0 - x0_fake, n = mean |x0 - x0_teacher|; w, u weights
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
 from typing import ClassVar, Protocol, runtime_checkable
@@ -177,6 +178,33 @@ def phases_of(objective: Objective, schedule: FlowMatchSchedule, num_steps: int)
     if not isinstance(objective, PhasingObjective):
         return None
     return objective.phases(schedule, num_steps)
+
+
+@runtime_checkable
+class CautiousObjective(Protocol):
+    """Part of an objective that tells of settings which are allowed and seldom meant."""
+
+    def cautions(self, schedule: FlowMatchSchedule) -> Iterator[str]:
+        """Sentences on such settings.
+
+        Args:
+            schedule: Noise levels of the generator's steps and of the score queries.
+        """
+        ...
+
+
+def cautions_of(objective: Objective, schedule: FlowMatchSchedule) -> tuple[str, ...]:
+    """Sentences on settings of an objective that are allowed and seldom meant."""
+    return tuple(objective.cautions(schedule)) if isinstance(objective, CautiousObjective) else ()
+
+
+@runtime_checkable
+class WarmingObjective(Protocol):
+    """Part of an objective with parts that are not there from the first iteration on."""
+
+    def unreached(self, iterations: int) -> Iterator[str]:
+        """Sentences on parts that a run of so many iterations ends before."""
+        ...
 
 
 class ComparedStates(StrEnum):

@@ -26,6 +26,7 @@ Source: CDM (arXiv:2605.06376) and its code, whose losses have no factor 1/2; `j
 is the form in the trainer that SGMD was released in. Both are for images: no run on video is known.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -123,6 +124,16 @@ class CdmObjective(DmdObjective):
         if self.off_trajectory_warmup == 0:
             return self.off_trajectory
         return self.off_trajectory * min(1.0, iteration / self.off_trajectory_warmup)
+
+    def unreached(self, iterations: int) -> Iterator[str]:
+        """A sentence where a run ends within the warm-up of the loss off the trajectory."""
+        warmup, reached = self.off_trajectory_warmup, iterations - 1
+        if self.off_trajectory and reached < warmup:
+            yield (
+                f"iterations {iterations} end within objective.off_trajectory_warmup {warmup}, so "
+                "the loss off the trajectory never has more than "
+                f"{reached / warmup:.2g} of its weight; set a shorter warm-up, or more iterations"
+            )
 
     def guide_loss(self, query: NoisedBatch, answer: GuideAnswer) -> Loss:
         """Loss of the generator by the teacher's guidance, at a look of its own.

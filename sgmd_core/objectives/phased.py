@@ -26,6 +26,7 @@ plain mean square of the released trainer. That trainer has a fake score for eac
 learns from both, so above the boundary it follows the mean of their laws.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -156,6 +157,17 @@ class PhasedObjective(DmdObjective):
     def restarts(self) -> tuple[int, ...]:
         """Iterations before which the fake score goes back to the teacher's weights."""
         return (self.high_iterations,) if self.order == "sequential" else ()
+
+    def cautions(self, schedule: FlowMatchSchedule) -> Iterator[str]:
+        """A sentence where settings are named after a trainer whose numbers they do not make."""
+        del schedule
+        if self.order == "alternate":
+            yield (
+                "objective.order alternate has the order and the levels of the released trainer, "
+                "which has a fake score for each phase; here one learns from both, and follows the "
+                "mean of two laws above the boundary until the low phase keeps the law of the high "
+                "one. The paper's order, sequential, has no such mean"
+            )
 
     def generator_loss(
         self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents

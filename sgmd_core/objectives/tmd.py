@@ -19,6 +19,7 @@ step is as long where both scores agree as anywhere, so it does not end there.
 Source: TMD (arXiv:2601.09881), printed divisor: its appendix A.3.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -26,6 +27,7 @@ from sgmd_core.errors import ConfigError
 from sgmd_core.objectives.dmd import distribution_matching_loss, matching_direction
 from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.objectives.meanflow import MeanFlowTerm
+from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Latents, Loss, NoisedBatch
 
 
@@ -80,6 +82,16 @@ class TmdObjective(Dmd2Objective):
     def matches(self) -> bool:
         """True if the generator also learns from its own samples."""
         return self.stage == "matching"
+
+    def cautions(self, schedule: FlowMatchSchedule) -> Iterator[str]:
+        """A sentence where the score levels are those of samples that collapsed."""
+        shift = schedule.shift if schedule.score_shift is None else schedule.score_shift
+        if self.matches and shift <= 1:
+            yield (
+                f"schedule.score_shift {shift:g} looks at all noise levels alike: in the paper of "
+                "tmd samples then collapse to one composition, which its quality score does not "
+                "show; the paper has 5. Watch diversity_ratio"
+            )
 
     def generator_loss(
         self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
