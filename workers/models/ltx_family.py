@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from workers.models.ltx_text import LtxCaptions
 
 
-@dataclass(frozen=True, slots=True)
+# Without slots, as what it is made of: `super()` needs that.
+@dataclass(frozen=True)
 class LtxShape(WanShape):
     """The numbers that fix an LTX-Video denoiser.
 
@@ -61,17 +62,17 @@ class LtxShape(WanShape):
     @property
     def num_parameters(self) -> int:
         """Parameters, biases and norms included."""
-        return WanShape.num_parameters.fget(self) - 2 * self.num_layers * self.width  # pyright: ignore
+        return super().num_parameters - 2 * self.num_layers * self.width
 
     @property
     def parameters_per_layer(self) -> int:
         """Parameters of one layer."""
-        return WanShape.parameters_per_layer.fget(self) - 2 * self.width  # pyright: ignore
+        return super().parameters_per_layer - 2 * self.width
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """Linear projections of one layer: sizes in and out by name."""
-        named: dict[str, tuple[int, int]] = WanShape.projections.fget(self)  # pyright: ignore
+        named = super().projections
         return {name.replace("ffn.", "ff."): sizes for name, sizes in named.items()}
 
 
