@@ -7,8 +7,8 @@
     records       NoisedBatch, GeneratorSignal, Loss, MicroBatchKey
     worlds        GaussianVelocity, a teacher whose scores are exact
     models        family_of; ModelFamily, Denoiser, and what a family is written with
-    programs      load_recipe, distill, evaluate, generate, pretrain, sweep, and their options
-    data          Feed, StreamSettings, Source
+    programs      load_recipe, distill, evaluate, generate, pretrain, sweep, what they take and return
+    data          Feed, StreamSettings, Source, and what they are made of
     errors        SgmdError and the errors below it
 
 Names that are not in `__all__` are private. `__init__.pyi` lists those that are, for type checkers

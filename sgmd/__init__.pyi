@@ -2,19 +2,36 @@
 
 from cluster.errors import ClusterError as ClusterError
 from cluster.files import whole_folder as whole_folder
+from cluster.s3.settings import S3Settings as S3Settings
 from pipelines.config.methods import METHODS as METHODS
 from pipelines.config.recipe import DistillConfig as DistillConfig
 from pipelines.config.recipe import load_recipe as load_recipe
+from pipelines.data.shards.columns import ColumnNames as ColumnNames
+from pipelines.data.shards.schema import Encoding as Encoding
+from pipelines.data.stream.batch import Batch as Batch
 from pipelines.data.stream.feed import Feed as Feed
+from pipelines.data.stream.feed import FeedProgress as FeedProgress
 from pipelines.data.stream.feed import StreamSettings as StreamSettings
+from pipelines.data.stream.plan import ShuffleSettings as ShuffleSettings
+from pipelines.data.stream.ray_stream import ReadAheadSettings as ReadAheadSettings
 from pipelines.data.stream.source import Source as Source
 from pipelines.distillation.run import distill as distill
 from pipelines.evaluation.plan import EvaluationOptions as EvaluationOptions
+from pipelines.evaluation.result import Evaluation as Evaluation
 from pipelines.evaluation.run import evaluate as evaluate
+from pipelines.generate import GeneratedClip as GeneratedClip
 from pipelines.generate import SamplingOptions as SamplingOptions
 from pipelines.generate import generate as generate
+from pipelines.pretraining.config import PretrainConfig as PretrainConfig
+from pipelines.pretraining.config import load_pretraining as load_pretraining
+from pipelines.pretraining.events import PretrainEvent as PretrainEvent
+from pipelines.pretraining.run import PretrainResult as PretrainResult
 from pipelines.pretraining.run import pretrain as pretrain
+from pipelines.run.observer import RunObserver as RunObserver
+from pipelines.run.stop_rule import StopRule as StopRule
+from pipelines.sweeping.results import SweepResult as SweepResult
 from pipelines.sweeping.run import sweep as sweep
+from pipelines.sweeping.trials import Trial as Trial
 from sgmd_core.errors import AlarmError as AlarmError
 from sgmd_core.errors import CheckpointError as CheckpointError
 from sgmd_core.errors import ConfigError as ConfigError
@@ -24,6 +41,7 @@ from sgmd_core.errors import NonFiniteError as NonFiniteError
 from sgmd_core.errors import SgmdError as SgmdError
 from sgmd_core.errors import ShapeError as ShapeError
 from sgmd_core.errors import StaleCallError as StaleCallError
+from sgmd_core.inner_flow import TransitionModel as TransitionModel
 from sgmd_core.interval import interval_state as interval_state
 from sgmd_core.interval import interval_velocity as interval_velocity
 from sgmd_core.objectives import AdversarialObjective as AdversarialObjective
@@ -50,6 +68,7 @@ from sgmd_core.objectives.dmd2 import Dmd2Objective as Dmd2Objective
 from sgmd_core.objectives.fisher import x0_gap as x0_gap
 from sgmd_core.objectives.meanflow import FlowObjective as FlowObjective
 from sgmd_core.objectives.meanflow import MeanFlowTerm as MeanFlowTerm
+from sgmd_core.objectives.meanflow import Strides as Strides
 from sgmd_core.objectives.pdmd import PdmdObjective as PdmdObjective
 from sgmd_core.objectives.phased import PhasedObjective as PhasedObjective
 from sgmd_core.objectives.rcm import RcmObjective as RcmObjective
@@ -59,6 +78,7 @@ from sgmd_core.objectives.tmd import TmdObjective as TmdObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective as TsgFisherObjective
 from sgmd_core.objectives.tsg_sim import TsgSimObjective as TsgSimObjective
 from sgmd_core.phases import Phases as Phases
+from sgmd_core.rollout import RolloutExit as RolloutExit
 from sgmd_core.rollout import anchored as anchored
 from sgmd_core.rollout import euler_sample as euler_sample
 from sgmd_core.rollout import extrapolated as extrapolated
@@ -74,6 +94,7 @@ from sgmd_core.types import Looks as Looks
 from sgmd_core.types import Loss as Loss
 from sgmd_core.types import MicroBatchKey as MicroBatchKey
 from sgmd_core.types import NoisedBatch as NoisedBatch
+from sgmd_core.types import Purpose as Purpose
 from sgmd_core.types import Text as Text
 from sgmd_core.types import float32 as float32
 from sgmd_core.velocity import VelocityModel as VelocityModel
@@ -89,6 +110,7 @@ from workers.models.architecture import check_network as check_network
 from workers.models.configs import CONFIG_FILE as CONFIG_FILE
 from workers.models.configs import INDEX_FILE as INDEX_FILE
 from workers.models.configs import read_model_json as read_model_json
+from workers.models.exchange import ExchangeFiles as ExchangeFiles
 from workers.models.exporting import Components as Components
 from workers.models.exporting import copy_components as copy_components
 from workers.models.families import family_of as family_of
@@ -99,6 +121,7 @@ from workers.models.family import ModelFamily as ModelFamily
 from workers.models.family import TextEmbedder as TextEmbedder
 from workers.models.family import TransitionDenoiser as TransitionDenoiser
 from workers.models.folder import ClipGeometry as ClipGeometry
+from workers.models.folder import EncoderSizes as EncoderSizes
 from workers.models.folder import FolderLayout as FolderLayout
 from workers.models.folder import LatentShape as LatentShape
 from workers.models.folder import ModelFolder as ModelFolder

@@ -77,10 +77,9 @@ def pretrain_command(
 ) -> None:
     """Train a small teacher from clips with Ray Train; the same command again resumes it."""
     with working() as console:
-        from pipelines.config.recipe_files import load
-        from pipelines.pretraining.config import PretrainConfig
+        from pipelines.pretraining.config import load_pretraining
 
-        loaded = load(PretrainConfig, recipe, overrides or [])
+        loaded = load_pretraining(recipe, overrides or [])
 
         with paused_collector():
             from cluster.runtime import start_ray

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from pipelines.config.recipe_files import absolute_path
+from pipelines.config.recipe_files import absolute_path, load
 from pipelines.config.section import Section
 from pipelines.shapes import FRAME_PX
 from sgmd_core.schedule import MAX_STEPS
@@ -212,6 +212,19 @@ class PretrainConfig(Section):
                 "vae": self.vae.model_copy(update=vae),
             }
         )
+
+
+def load_pretraining(name_or_path: str, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Loads and checks a recipe of `pretrain`.
+
+    Args:
+        name_or_path: Name of a recipe that ships, or path of a YAML file.
+        overrides: Changes in the form `section.key=value`.
+
+    Raises:
+        ConfigError: There is no such recipe, or a setting is wrong; names every one.
+    """
+    return load(PretrainConfig, name_or_path, overrides)
 
 
 def latent_problems(latent_shape: Sequence[int], patch_size: Sequence[int]) -> Iterator[str]:

@@ -33,7 +33,7 @@ from pipelines.data.stream.inspect import first_captions, inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.source import Source
 from pipelines.distillation.preflight import inspect_captions, inspect_networks, run_preflight
-from pipelines.pretraining.config import PretrainConfig
+from pipelines.pretraining.config import PretrainConfig, load_pretraining
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.places import shared_place
 from pipelines.study.run import folder_of, plan_study
@@ -201,7 +201,7 @@ class Preparation:
 
     def _pretrain(self) -> None:
         recipe, *settings = self.request.arguments
-        config = load(PretrainConfig, recipe, settings)
+        config = load_pretraining(recipe, settings)
         self.checked["settings"] = "every value, and what they ask of one another"
         for setting in ("run_dir", "output", "partial_output"):
             if (path := getattr(config, setting)) is not None:

@@ -1,12 +1,15 @@
 """The public interface: its names, the cost of importing it, and the example."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
@@ -48,6 +51,35 @@ def names_defined(body: list[ast.stmt]) -> set[str]:
     ]
     names = [each for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
     return found | {each.id for each in names}
+
+
+@pytest.mark.slow
+def test_what_public_functions_take_and_return_is_public_as_well():
+    found = {
+        kind.__name__
+        for name in sgmd.__all__
+        if inspect.isfunction(function := getattr(sgmd, name))
+        for annotation in annotations_of(function)
+        for kind in kinds_in(annotation)
+        if kind.__module__.partition(".")[0] in ("sgmd_core", "workers", "cluster", "pipelines")
+    }
+    assert {"DistillConfig", "RunObserver", "PretrainConfig", "Evaluation", "NoisedBatch"} <= found
+    # The command line has checked a recipe before Ray starts.
+    assert found - {"CheckedPretrain"} - set(sgmd.__all__) == set()
+
+
+def annotations_of(function: Any) -> list[object]:
+    signature = inspect.signature(function)
+    given = [each.annotation for each in signature.parameters.values()]
+    return [*given, signature.return_annotation]
+
+
+def kinds_in(annotation: object) -> Iterator[type]:
+    """Classes that an annotation names."""
+    if isinstance(annotation, type):
+        yield annotation
+    for each in annotation if isinstance(annotation, list) else get_args(annotation):
+        yield from kinds_in(each)
 
 
 @pytest.mark.parametrize("path", ["tests/helpers/huber.py", "tests/helpers/toy_family.py"])
