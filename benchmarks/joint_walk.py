@@ -72,7 +72,7 @@ _LAYOUTS = {
 
 def main() -> None:
     """Prints both as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--turns", type=int, default=7)
     turns = parser.parse_args().turns
     torch.set_num_threads(1)

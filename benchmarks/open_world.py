@@ -36,6 +36,7 @@ from pipelines.media.inference import read_inference_settings
 from pipelines.shapes import ClipSplit
 from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_distance
 from sgmd_core.worlds import WorldName
+from sgmd_core.worlds.open_shapes import OpenReading
 from sgmd_core.worlds.readings import motion_of, read_clips, score_reading
 from workers.build import encoder_dtype
 from workers.clip_sets import ClipRequest, sample_clip_set
@@ -109,22 +110,28 @@ def first_of(clips: MeasuredClips, count: int) -> MeasuredClips:
     return MeasuredClips(clips.features[:count], {}, type(reading)(**cut))
 
 
+def read(clips: MeasuredClips) -> OpenReading:
+    """What is read of clips of the open world."""
+    assert isinstance(clips.reading, OpenReading)
+    return clips.reading
+
+
 def distances(own: MeasuredClips, reference: MeasuredClips) -> Figures:
     """Every distance of a set to another, by name."""
     moments = [fit_gaussian(each.features) for each in (own, reference)]
-    figures = motion_figures(motion_of(own.reading), motion_of(reference.reading))
+    figures = motion_figures(motion_of(read(own)), motion_of(read(reference)))
     named = {name: value for name, value in figures.items() if name.endswith("_distance")}
     return {"frechet": frechet_distance(*moments[0], *moments[1]), **named}
 
 
 def shown(own: MeasuredClips, captions: list[str]) -> Figures:
     """What the clips of a set show, and the share that is as their captions say."""
-    motion = motion_of(own.reading)
-    scores = score_reading(own.reading, captions)
+    reading = read(own)
+    motion, scores = motion_of(reading), score_reading(reading, captions)
     return {
         "still_share": motion_figures(motion, motion)["still_share"],
         "mean_speed": float(motion.speeds.mean()),
-        "texture": float(own.reading.texture.mean()),
+        "texture": float(reading.texture.mean()),
         **{name: getattr(scores, name) for name in _SCORES},
     }
 
@@ -183,7 +190,7 @@ def main() -> None:
         found[count] = table(first, captions[:count])
         print_table(count, found[count])
     if given.output:
-        write_json(str(given.output), found)
+        write_json(str(given.output), {str(num): figures for num, figures in found.items()})
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def percent(values: Sequence[float | None]) -> str:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     num_seeds = parser.parse_args().seeds
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@
     records       NoisedBatch, GeneratorSignal, Loss, MicroBatchKey
     worlds        GaussianVelocity, a teacher whose scores are exact
     models        family_of; ModelFamily, Denoiser, and what a family is written with
-    programs      load_recipe, distill, evaluate, generate, pretrain, sweep, what they take and return
+    programs      load_recipe, distill, evaluate, generate, pretrain, sweep, and what they take
     data          Feed, StreamSettings, Source, and what they are made of
     errors        SgmdError and the errors below it
 

@@ -243,9 +243,10 @@ def test_progress_by_the_clock_tells_the_time_and_no_number_of_iterations() -> N
         rejected=0,
         exit_steps=(1,),
     )
-    console = Console(file=io.StringIO(), width=200)
+    file = io.StringIO()
+    console = Console(file=file, width=200)
     LineObserver(console, StopRule(1_000_000, max_seconds=60.0), spent_s=26.0).iteration(record)
-    told = console.file.getvalue()
+    told = file.getvalue()
     assert told.startswith("iteration 1  ")
     assert "0:00:30 left" in told
 

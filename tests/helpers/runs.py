@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from pipelines.config.recipe import load_recipe
 from pipelines.evaluation.result import (
@@ -69,10 +70,13 @@ def start_run(
 
 def evaluation(*, generator_colour: float = 0.9) -> Evaluation:
     """An evaluation of four ways of sampling."""
-    facts = {"num_steps": 4, "guidance_scale": 1.0, "seed": 1, "remembered": False}
+    facts: dict[str, Any] = {"num_steps": 4, "guidance_scale": 1.0, "seed": 1, "remembered": False}
     read = {"colour": 0.9, "shape": 0.9, "direction": 0.8, "speed_spearman": 0.9}
     read |= {"mean_speed_px_per_frame": 1.0, "speed_ratio": 1.0, "seconds_per_clip": 0.5}
-    far = {"frechet": Figure(value=3, error=0.1), "above_floor": Figure(value=2, error=0.1)}
+    far: dict[str, Any] = {
+        "frechet": Figure(value=3, error=0.1),
+        "above_floor": Figure(value=2, error=0.1),
+    }
     reference = {**facts, **read, "num_steps": 30, "seconds_per_clip": 2.0}
     rows = [EvaluationRow(name=REFERENCE, label="teacher, 30 guided steps", **reference)]
     rows += [

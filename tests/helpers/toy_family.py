@@ -175,7 +175,8 @@ class ToyAutoencoder:
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        geometry_of(self.network.config).latent_shape(*video.shape[2:])
+        frames, height, width = video.shape[2:]
+        geometry_of(self.network.config).latent_shape(frames, height, width)
         return self.network.down(2 * video - 1)
 
     @torch.no_grad()
@@ -336,8 +337,8 @@ class ToyFamily:
     def open_sampler(self, folder: Path, device: str) -> EulerSampler:
         denoiser = self.load_denoiser(folder).to(device)
         text, autoencoder = self.load_text(folder), self.load_autoencoder(folder)
-        text.network.to(device)
-        autoencoder.network.to(device)
+        for network in (text.network, autoencoder.network):
+            nn.Module.to(network, device)
         return EulerSampler(denoiser, text, autoencoder, self.inspect(folder).latent_shape)
 
     def export(

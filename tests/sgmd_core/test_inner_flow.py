@@ -48,7 +48,7 @@ def random_strides(count: int, seed: int = 0, *, share: float = 0.0, steps: int 
     y, noise = torch.randn(2, count, *SHAPE, generator=stream, dtype=torch.float64)
     draws = torch.rand(2, count, generator=stream, dtype=torch.float64)
     grid = inner_grid(steps, 10.0).double()
-    s, r = MeanFlowTerm(instant_share=share, shift=1.0).levels(*draws, grid)
+    s, r = MeanFlowTerm(instant_share=share, shift=1.0).levels(draws[0], draws[1], grid)
     return Strides(STD * y, noise, s, r)
 
 
@@ -146,7 +146,7 @@ class TestMeanFlow:
         y_s, s, r = strides.at(strides.s), strides.s, strides.r
         assert (s - r).min() > 0
         instant = exact_average(y_s, s, s)
-        u, derivative = torch.func.jvp(
+        u, derivative = torch.func.jvp(  # pyright: ignore[reportAssignmentType]
             lambda y, level: exact_average(y, level, r), (y_s, s), (instant, torch.ones_like(s))
         )
         moved = per_sample(s - r, u) * derivative
@@ -161,7 +161,8 @@ class TestMeanFlow:
             return average_velocity(y_s, head(y_s, s, strides.r), s)
 
         tangents = strides.velocity, torch.ones_like(strides.s)
-        u, derivative = torch.func.jvp(average, (strides.at(strides.s), strides.s), tangents)
+        primals = strides.at(strides.s), strides.s
+        u, derivative = torch.func.jvp(average, primals, tangents)  # pyright: ignore
         moved = per_sample(strides.s - strides.r, u) * derivative
         assert moved.square().mean().sqrt() > 0.1
         torch.testing.assert_close(

@@ -155,7 +155,7 @@ def test_weights_in_place_of_the_base_are_gone_before_it_comes_back(fails):
             raise RuntimeError("out of memory")
         return nn.Linear.forward(layer, activations)
 
-    layer.forward = within
+    layer.forward = within  # pyright: ignore[reportAttributeAccessIssue]
     with moves:
         if fails:
             with pytest.raises(RuntimeError, match="out of memory"):
@@ -256,8 +256,11 @@ def test_every_figure_has_an_interval_and_those_that_rank_the_influence_of_each_
     assert high - low == pytest.approx(2 * 1.96 * standard_error(report.influences["frechet"]))
     # A ratio of means is linear enough for its influences to be those of leaving clips out.
     own, partner = (
-        measure_clip_figures(evaluator.sample(CAPTIONS, 0, 1, *how), fps=8)["flow"].double()
-        for how in ((2, 1.0, weights(other)), (3, 2.0))
+        measure_clip_figures(clips, fps=8)["flow"].double()
+        for clips in (
+            evaluator.sample(CAPTIONS, 0, 1, 2, 1.0, weights(other)),
+            evaluator.sample(CAPTIONS, 0, 1, 3, 2.0),
+        )
     )
     left_out = influences(lambda kept: float(own[kept].mean() / partner[kept].mean()), len(own))
     torch.testing.assert_close(

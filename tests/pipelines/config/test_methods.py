@@ -12,7 +12,8 @@ from pipelines.stages.kind import IterationKind
 from sgmd_core.objectives import GradientPath, Objective, adversary_of
 from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.consistency import consistency_of
-from sgmd_core.objectives.meanflow import FlowObjective, MeanFlowTerm, Strides
+from sgmd_core.objectives.meanflow import MeanFlowTerm, Strides
+from sgmd_core.objectives.tmd import TmdObjective
 from sgmd_core.types import NoisedBatch, detached
 from tests.e2e.test_equivalence import MODES
 from tests.helpers.huber import PseudoHuberObjective
@@ -58,8 +59,8 @@ def test_a_method_describes_itself_and_its_leading_losses_are_terms_of_its_losse
     if (consistency := consistency_of(objective)) is not None:
         velocity = query.velocity.detach()
         terms |= consistency.loss(query, velocity, velocity, velocity, velocity).terms
-    if isinstance(objective, FlowObjective):
-        terms |= flow_terms(replace(objective, stage="meanflow").flow, query.velocity.detach())
+    if isinstance(objective, TmdObjective):
+        terms |= flow_terms(objective.meanflow, query.velocity.detach())
     assert objective.about
     assert objective.gradient
     assert set(objective.leading_losses) <= set(terms)

@@ -1,6 +1,7 @@
 """Resources and transport that a recipe asks for."""
 
 import pytest
+from pydantic import JsonValue
 
 from cluster.schedule.program import Pass
 from pipelines.config.recipe import load_recipe
@@ -124,6 +125,6 @@ def test_measured_seconds_are_those_of_every_stage_or_refused(given: str, words:
 @pytest.mark.slow
 def test_measured_seconds_take_the_place_of_counted_passes():
     counted = stage_seconds(load_recipe("tiny"))
-    given = {".".join(name): 2 * units for name, units in counted.items()}
+    given: dict[str, JsonValue] = {".".join(name): 2 * units for name, units in counted.items()}
     config = load_recipe("tiny").with_settings({"topology.stage_seconds": given})
     assert stage_seconds(config) == {name: 2 * units for name, units in counted.items()}

@@ -115,7 +115,7 @@ def test_fewer_clips_side_by_side_than_asked_for_are_told_and_recorded(place, ev
     latents = subject.geometry.latent_shape(NUM_FRAMES, HEIGHT, WIDTH)
     fewer = TOKENS_SIDE_BY_SIDE // subject.denoiser.num_tokens(latents)
     found = run_evaluation(place, place / "large batches", batch_size=fewer + 1)
-    assert found.batch_size == fewer > OPTIONS.num_captions
+    assert found.batch_size == fewer > (OPTIONS.num_captions or 0)
     assert f"{fewer} are sampled side by side, not {fewer + 1}" in caplog.text
     assert f"a clip at batch {fewer}," in legend(found)
 
@@ -125,7 +125,7 @@ def row(name: str, **figures) -> EvaluationRow:
     return EvaluationRow(name=name, seconds_per_clip=1.0, remembered=False, **facts, **figures)
 
 
-def verdicts(generator: EvaluationRow, baseline_error: float = 0.1) -> list[bool]:
+def verdicts(generator: EvaluationRow, baseline_error: float = 0.1) -> list[bool | None]:
     baseline = row(TEACHER_FEW, above_floor=Figure(value=2.0, error=baseline_error))
     return [verdict.passed for verdict in evaluate_criteria([row(FLOOR), baseline, generator])]
 
@@ -217,10 +217,12 @@ class TestRows:
         for each in found.rows:
             # No caption says a direction, and none has a speed to correlate with.
             assert (each.direction, each.speed_spearman) == (None, None)
+            assert each.colour is not None
             assert 0 <= each.colour <= 1
         generator, floor = found.row(GENERATOR).measures, found.row(FLOOR).measures
         texture = generator["texture_distance"]
         assert texture.low <= texture.value <= texture.high
+        assert texture.ratio is not None
         assert texture.ratio.value == pytest.approx(texture.value / floor["texture_distance"].value)
         assert "texture distance" in printed(found)
 
@@ -265,6 +267,7 @@ class TestMeasures:
             ratio = found.measures[name].ratio
             assert ratio is None or (ratio.value, ratio.low, ratio.high) == (1, 1, 1)
         diversity = found.measures["diversity"].ratio
+        assert diversity is not None
         assert (diversity.value, diversity.low, diversity.high) == (1, 1, 1)
 
     @pytest.mark.slow
@@ -276,6 +279,8 @@ class TestMeasures:
         assert found.features == str(path)
         assert "features of" in printed(found)
         own, usual = found.row(GENERATOR), evaluation.row(GENERATOR)
+        assert own.frechet is not None
+        assert usual.frechet is not None
         assert own.frechet.value != usual.frechet.value
         assert own.measures["diversity"] != usual.measures["diversity"]
         assert own.measures["flow"] == usual.measures["flow"]
@@ -510,9 +515,9 @@ class TestVerdicts:
 
 
 def printed(found: Evaluation) -> str:
-    console = Console(file=io.StringIO(), width=80)
-    console.print(table(found))
-    return console.file.getvalue()
+    file = io.StringIO()
+    Console(file=file, width=80).print(table(found))
+    return file.getvalue()
 
 
 def test_the_tables_fit_into_80_columns(evaluation):

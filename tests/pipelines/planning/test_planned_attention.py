@@ -29,8 +29,7 @@ NEAR = 0.15
 
 
 def shape_of(width: int = 64, ffn_width: int = 160, head_size: int = 16) -> WanShape:
-    sizes = {"text_width": 24, "freq_width": 16, "in_channels": 4, "out_channels": 4}
-    return WanShape(2, width, ffn_width, num_heads=width // head_size, **sizes)
+    return WanShape(2, width, ffn_width, 24, 16, 4, 4, num_heads=width // head_size)
 
 
 def work_of(shape: WanShape, latents: tuple[int, int, int, int], **settings) -> Workload:

@@ -745,13 +745,13 @@ class TestSearch:
         assert 0.9 * sent_s < with_it - without < 1.1 * sent_s
 
     def test_weights_that_are_handed_over_within_a_pool_cost_the_way_to_its_other_ranks(self):
-        mixing = replace(SMALL, fresh_updates=1, mixes_weights=True, batch_size=4)
+        mixing = replace(SMALL, kind=IterationKind(1, mixes_weights=True), batch_size=4)
         hardware = Hardware(flops=1e17, wire_bandwidth=1e9)
 
         def spent_s(num_gpus: int) -> float:
             with_it, without = (
                 fused_layout(
-                    replace(mixing, mixes_weights=mixes),
+                    replace(mixing, kind=replace(mixing.kind, mixes_weights=mixes)),
                     modelled(mixing, hardware),
                     hardware,
                     num_gpus,

@@ -67,6 +67,7 @@ def test_a_footer_whose_column_names_are_no_text_is_a_fault_of_its_row_groups(tm
     broken, whole = reader.read(groups, ["sample_id", "caption"])
     assert isinstance(broken, Fault)
     assert "corrupt footer" in broken.reason
+    assert not isinstance(whole, Fault)
     assert whole.num_rows == 3
 
 
