@@ -228,6 +228,8 @@ def _reason(name: str, least: int, work: Workload, num_gpus: int) -> str:
         return "not planned with compute.ulysses"
     if num_gpus < least:
         return f"takes {least} GPUs at least"
+    if work.paired:
+        return "fits in no size that gives each rank of the fake score pairs of samples"
     return "fits in no size"
 
 

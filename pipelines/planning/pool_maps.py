@@ -131,8 +131,8 @@ def fused_map(work: Workload, num_gpus: int) -> PoolMap:
     # Ranks that would only make more of the last round idle are left out.
     ranks = company * -(-work.batch_size // most)
     if work.paired:
-        pairs = work.batch_size // 2
-        parties = max(n for n in range(1, num_gpus // company + 1) if pairs % n == 0)
+        pairs = max(1, work.batch_size // 2)
+        parties = max(n for n in range(1, max(1, num_gpus // company) + 1) if pairs % n == 0)
         ranks, most = company * parties, pairs // parties
     return PoolMap({FUSED: ranks}, dict.fromkeys(work.roles, (FUSED,)), most)
 

@@ -12,7 +12,7 @@ from pipelines.planning.layouts import Layout, fastest_map, fused_layout, map_la
 from pipelines.planning.mixed import SPARE, mixed_layouts
 from pipelines.planning.plan import Plan, best_layouts
 from pipelines.planning.planned_recipe import planned_recipe
-from pipelines.planning.pool_maps import LEARN, PoolMap
+from pipelines.planning.pool_maps import FUSED, LEARN, PoolMap, fused_map
 from pipelines.planning.stage_times import StageTimes, modelled, rescaled
 from pipelines.planning.workload import Workload
 
@@ -105,6 +105,15 @@ def test_every_layout_of_a_shuffled_gap_leaves_ranks_pairs_of_samples(num_gpus):
     assert kinds
     for layout in kinds:
         written(config, work, layout)
+
+
+def test_fewer_gpus_than_work_on_a_sample_together_make_a_fused_layout_of_all_of_them():
+    for gap in ("own", "shuffled"):
+        ranks = "topology.pools.learn.ranks=4"
+        _, work = made(f"fake_score.gap={gap}", "generator.compute.ulysses=4", ranks)
+        assert fused_map(work, 2).ranks == {FUSED: 4}
+    _, work = made("fake_score.gap=shuffled")
+    assert fused_map(work, 3).ranks == {FUSED: 2}
 
 
 def test_a_stage_whose_work_another_one_does_has_measured_seconds_of_0():
