@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -178,7 +179,13 @@ def _unusable_numbers(settings: Mapping[str, Any], prefix: str = "") -> Iterator
 
 def known_keys(kind: type) -> list[str]:
     """Dotted keys of all settings of a model, sections and those of every method included."""
-    return list(dict.fromkeys(_keys(kind, "")))
+    return list(_known(kind))
+
+
+# Every recipe that is read asks for them.
+@cache
+def _known(kind: type) -> tuple[str, ...]:
+    return (*dict.fromkeys(_keys(kind, "")),)
 
 
 def _keys(kind: type, prefix: str) -> Iterator[str]:
@@ -201,7 +208,8 @@ def _methods(kind: type, prefix: str) -> dict[str, set[str]]:
     return found
 
 
-def _annotations(kind: type) -> dict[str, Any]:
+@cache
+def _annotations(kind: type) -> Mapping[str, Any]:
     if issubclass(kind, BaseModel):
         return {name: field.annotation for name, field in kind.model_fields.items()}
     hints = get_type_hints(kind)

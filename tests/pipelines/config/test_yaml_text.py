@@ -6,10 +6,11 @@ import pytest
 import yaml
 
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.config.recipe_files import SECTIONS_OF, find_recipe, load
+from pipelines.config.recipe_files import SECTIONS_OF, find_recipe, load, shipped_recipes
 from pipelines.config.yaml_text import MAX_CHARACTERS, read_yaml, yaml_problem
 from pipelines.pretraining.config import PretrainConfig
 from sgmd_core.errors import ConfigError
+from tests.fuzz.mutations import NUM_CASES, mutate_text
 
 _TENS = [f"{'abcdefghi'[n]}: &{'abcdefghi'[n]} [{', '.join(['*' + 'abcdefghi'[n - 1]] * 10)}]"
          for n in range(1, 9)]  # fmt: skip
@@ -139,3 +140,38 @@ def test_what_was_read_before_is_read_anew():
     first = read_yaml(text)
     first["a"]["b"].append(first.pop("c"))
     assert read_yaml(text) == {"a": {"b": [1, 2]}, "c": 3}
+
+
+def by_the_slow_parser(text: str) -> object:
+    """What PyYAML's own parser reads: libyaml is given no text with a tab, which it reads anew."""
+    return read_yaml(f"{text}\n# \t")
+
+
+def test_both_parsers_read_every_recipe_alike():
+    recipes = [recipe.path.read_text(encoding="utf-8") for recipe in shipped_recipes()]
+    outcomes = set()
+    for seed in range(len(recipes) + NUM_CASES):
+        text = recipes[seed % len(recipes)]
+        text = text[: 40 * (seed + 5)] if seed < len(recipes) else mutate_text(text[:1500], seed)
+        try:
+            expected = by_the_slow_parser(text)
+        except yaml.YAMLError as error:
+            expected = error
+            with pytest.raises(type(error)):
+                read_yaml(text)
+        else:
+            assert read_yaml(text) == expected, text
+        outcomes.add(isinstance(expected, yaml.YAMLError))
+    assert outcomes == {True, False}
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML was built without libyaml")
+@pytest.mark.parametrize("text", ["a:\t1", "a: >#\n b", "a: |1#\n b", "[a?]"])
+def test_what_libyaml_alone_would_take_is_refused(text):
+    assert yaml.load(text, Loader=yaml.CSafeLoader)
+    with pytest.raises(yaml.YAMLError):
+        read_yaml(text)
+
+
+def test_a_tag_without_name_and_value_is_null():
+    assert read_yaml("a: !") == {"a": None}
