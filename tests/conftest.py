@@ -1,6 +1,7 @@
 """What the tests of several packages share: Ray, started once a session and only when needed."""
 
 import gc
+import logging
 import os
 import secrets
 import shutil
@@ -57,11 +58,17 @@ def pytest_collection() -> Generator[None, object, object]:
 
     Afterwards it looks once in so many new objects: every 700, as by default, costs a twentieth of
     all tests, and what they leave behind is small.
+
+    Libraries' loggers pass on to the root what they log: pytest hangs two handlers on each of the
+    sixty that do not, in each of the three phases of every test.
     """
     gc.disable()
     try:
         return (yield)
     finally:
+        for logger in logging.Logger.manager.loggerDict.values():
+            if isinstance(logger, logging.Logger):
+                logger.propagate = True
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)
         gc.enable()
