@@ -51,10 +51,14 @@ def remembering(*, typechecker: Callable[..., Any]) -> Callable[[Any], Any]:
 
 
 def _remembered(function: Callable[..., Any], typechecker: Callable[..., Any]) -> Any:
-    checked = _check_always(function, typechecker=typechecker)
     if inspect.isgeneratorfunction(function) or _is_about_values(function):
-        return checked
+        return _check_always(function, typechecker=typechecker)
     results: dict[Hashable, set[Hashable]] = {}
+
+    # Not before the first call: a process of tests imports four hundred functions and calls some.
+    @cache
+    def checked() -> Callable[..., Any]:
+        return _check_always(function, typechecker=typechecker)
 
     @cache
     def result_check() -> Callable[..., Any]:
@@ -65,10 +69,10 @@ def _remembered(function: Callable[..., Any], typechecker: Callable[..., Any]) -
         try:
             asked = (*map(_kind, arguments), *((name, _kind(each)) for name, each in named.items()))
         except _OpenError:
-            return checked(*arguments, **named)
+            return checked()(*arguments, **named)
         seen = results.get(asked)
         if seen is None:
-            result = checked(*arguments, **named)
+            result = checked()(*arguments, **named)
             results.setdefault(asked, set()).update(_kinds(result))
             return result
         result = function(*arguments, **named)
