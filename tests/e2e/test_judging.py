@@ -96,6 +96,7 @@ def test_a_run_takes_the_teachers_clips_of_another_one(
     assert sum(of_teacher) == 4
 
 
+@pytest.mark.slow
 def test_a_validation_measures_motion_looks_and_diversity_beside_the_teachers(
     whole: DistillConfig,
 ) -> None:

@@ -70,6 +70,7 @@ def test_large_blocks_come_from_memory_that_is_kept() -> None:
     assert made.stdout.split() == ["1", "1", "0"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other limits")
 def test_a_pass_that_frees_hundreds_of_megabytes_finds_them_again() -> None:
     made = subprocess.run(
