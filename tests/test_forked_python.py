@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -45,7 +46,7 @@ time.sleep(60)
 pytestmark = pytest.mark.slow
 
 
-def output(*arguments: str | Path, **settings: object) -> str:
+def output(*arguments: str | Path, **settings: Any) -> str:
     return subprocess.run(
         [forked_python(), *arguments], capture_output=True, text=True, check=True, **settings
     ).stdout
@@ -77,6 +78,10 @@ def wait_for_end_of(pid: int) -> None:
         "import os; print(os.getcwd(), sorted(os.environ), os.sysconf('SC_OPEN_MAX'))",
         "import sys; print(sys.argv, sys.stdin.read(), file=sys.stderr); sys.exit(3)",
         "import os; os.write(1, b'x' * 200_000); os._exit(5)",
+        "import atexit, sys, threading; atexit.register(print, 'last'); "
+        "threading.Timer(0.1, print, ['before']).start(); sys.exit('a reason')",
+        "import sys; sys.exit(300)",
+        "raise KeyboardInterrupt",
         "raise ValueError('wrong')",
         "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
@@ -101,6 +106,32 @@ def test_a_fork_ends_says_and_sees_what_a_new_interpreter_does(code: str, tmp_pa
     assert forked.stdout == fresh.stdout
     # Of a traceback, the lines of what was asked for.
     assert forked.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
+
+
+@pytest.mark.parametrize(
+    ("option", "code"),
+    [
+        ("-P", "import sys; print(sys.path[0] in ('', sys.argv[1]))"),
+        ("-u", "import os, sys; print('said'); print('told', file=sys.stderr); os._exit(3)"),
+    ],
+)
+def test_options_of_an_interpreter_are_those_of_a_fork(
+    option: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+    def told(python: str, *options: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [python, *options, "-c", code, tmp_path],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    assert told(forked_python(), option) == told(PYTHON, option) != told(PYTHON)
+    assert output(option, "-c", LOADED) == "True\n"
 
 
 def test_a_signal_to_the_client_is_one_to_the_fork_and_so_is_the_way_that_it_ends():
@@ -270,7 +301,8 @@ def test_a_script_for_the_bare_interpreter_runs_in_the_client_itself(tmp_path: P
         text=True,
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == f"__main__ ['a b'] 1 1 {PYTHON}\n"
+        # What it becomes by `exec` of its interpreter asks the server.
+        assert process.stdout.readline() == f"__main__ ['a b'] 1 1 {forked_python()}\n"
         assert process.stdout.readline() == f"{process.pid} False\n"
         assert forked_process(process.pid) == process.pid
         process.communicate()

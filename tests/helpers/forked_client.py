@@ -21,6 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 
 _SETUP, _WORKER = "setup_worker.py", "default_worker.py"
+_AGENTS = ("dashboard/agent.py", "runtime_env/agent/main.py")
+_OPTIONS = ("-P", "-u")
+"""Options of the interpreter that the server knows."""
 _CONTEXT = "--serialized-runtime-env-context="
 _PR_SET_PDEATHSIG = 1
 _LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
@@ -76,21 +79,30 @@ def main() -> None:
 def _run_here(command: list[str]) -> None:
     """Runs a script that asks for the options of this interpreter: it is as good as another one.
 
-    So Ray asks for each of its workers; a start costs 30 ms of a core.
+    So Ray asks for each of its workers; a start costs 30 ms of a core. What the script becomes by
+    `exec` of its interpreter asks the server again.
     """
     Path("/proc/self/comm").write_text("itself")
+    sys.executable = sys.argv[0]
     sys.argv = command
     exec(compile(Path(command[0]).read_text(), command[0], "exec"), {"__name__": "__main__"})
 
 
 def _start(arguments: list[str]) -> list[str] | None:
-    """Returns a start that can be forked: -m MODULE, -c CODE or a script; None for any other."""
+    """Returns a start that can be forked: -m MODULE, -c CODE or a script; None for any other.
+
+    Options that the server knows come before it.
+    """
     if arguments[:1] == ["-B"] and os.environ.get("PYTHONDONTWRITEBYTECODE"):
         # So `multiprocessing` passes a variable on, which is the server's as well.
         arguments = arguments[1:]
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-m", "-c")):
+    options = 0
+    while arguments[options : options + 1] and arguments[options] in _OPTIONS:
+        options += 1
+    start = arguments[options:]
+    if not start or (start[0].startswith("-") and start[0] not in ("-m", "-c")):
         return None
-    if arguments[0] == "-c" and arguments[1:2] and arguments[1].startswith("-"):
+    if start[0] == "-c" and start[1:2] and start[1].startswith("-"):
         return None
     return arguments
 
@@ -98,10 +110,11 @@ def _start(arguments: list[str]) -> list[str] | None:
 def _without_setup(start: list[str] | None) -> list[str] | None:
     """Leaves out the script that Ray puts before a worker's own, and does what it would do.
 
-    A worker ends with its raylet.
+    A worker and an agent end with their raylet.
     """
     scripts = [Path(word).name for word in (start or [])[:2]]
-    if start is None or _WORKER not in scripts:
+    is_agent = any(word.endswith(_AGENTS) for word in (start or [])[:2])
+    if start is None or not (is_agent or _WORKER in scripts):
         return start
     with suppress(ImportError, OSError, AttributeError):  # A system without it.
         import ctypes

@@ -15,6 +15,7 @@ starts threads, such as pyarrow.
 """
 
 import atexit
+import io
 import json
 import multiprocessing.spawn
 import os
@@ -33,7 +34,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from select import select
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -68,8 +69,17 @@ _LIBRARIES = (
     "huggingface_hub",
     "packaging.version",
     "tqdm",
+    # Of others, what Ray imports first and most of our commands do.
+    "jsonschema",
+    "google.protobuf.json_format",
+    "msgpack",
+    "pdb",
+    "tracemalloc",
+    "typer",
 )
 _SHARED = "SGMD_TESTS_FORKED_PYTHON"
+_AGENTS = ("dashboard/agent.py", "runtime_env/agent/main.py")
+"""Ends of the paths of Ray's agents."""
 _COMMANDS = {"sgmd": "pipelines.cli", "ray": "ray.scripts.scripts"}
 _READ_AT_IMPORT = (
     *("HF_", "HUGGINGFACE", "TRANSFORMERS_", "DIFFUSERS_", "ACCELERATE_", "TORCH", "PYTORCH_"),
@@ -299,7 +309,12 @@ def _receive(client: socket.socket, files: list[int]) -> dict[str, Any]:
 
 
 def _is_same(environment: dict[str, str], ours: Sequence[dict[str, str]]) -> bool:
-    """Returns True if the libraries would read what the server's have read, or have set."""
+    """Returns True if the libraries would read what the server's have read, or have set.
+
+    The allocator that Ray loads into processes of its own is no difference.
+    """
+    if environment.get("LD_PRELOAD", "").endswith("/ray/core/libjemalloc.so"):
+        environment = {name: text for name, text in environment.items() if name != "LD_PRELOAD"}
     return all(
         environment.get(name) in [own.get(name) for own in ours]
         for name in {*environment, *(name for own in ours for name in own)}
@@ -327,6 +342,44 @@ def kept_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
+def _run(request: dict[str, Any], executable: str) -> NoReturn:
+    """Runs what was asked for and ends, but takes no module apart.
+
+    An interpreter does so last, after all that can be seen of its end. With these libraries that
+    is a third of a second of a core: it writes to all memory that the fork shares.
+    """
+    # What is run takes the place of this module, whose names are gone afterwards.
+    import atexit
+    import os
+    import signal
+    import sys
+    import threading
+
+    code, stopped = 0, False
+    try:
+        _become(request, executable)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code is not None and not isinstance(end.code, int):
+            sys.stderr.write(f"{end.code}\n")
+    except BaseException as error:
+        code, stopped = 1, isinstance(error, KeyboardInterrupt)
+        sys.excepthook(type(error), error, error.__traceback__)
+    # Waits for threads; the interpreter has no public name for it.
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError:
+            code = 120
+    if stopped:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code & 0xFF)
+
+
 def _become(request: dict[str, Any], executable: str) -> None:
     """Runs what was asked for as a new interpreter would."""
     os.setsid()
@@ -350,9 +403,18 @@ def _become(request: dict[str, Any], executable: str) -> None:
     sys.executable = executable
     multiprocessing.set_executable(executable)
     how, *rest = request["start"]
+    options: set[str] = set()
+    while how in ("-P", "-u"):
+        options.add(how)
+        how, *rest = rest
+    if "-u" in options:
+        _write_at_once()
+    if how.endswith(_AGENTS):
+        # An agent ends when its parent is another one; its client ends with the raylet.
+        os.environ["RAY_RAYLET_PID"] = str(os.getppid())
     found = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     first = str(Path(how).resolve().parent) if how not in ("-m", "-c") else ""
-    sys.path[:] = [first, *found, *sys.path[1:]]
+    sys.path[:] = [*([] if "-P" in options else [first]), *found, *sys.path[1:]]
     if how == "-m":
         sys.path[0] = str(Path.cwd())
         sys.argv = ["-m", *rest[1:]]
@@ -371,6 +433,14 @@ def _become(request: dict[str, Any], executable: str) -> None:
         runpy.run_path(how, run_name="__main__")
 
 
+def _write_at_once() -> None:
+    """Takes the buffers away from standard output and standard error."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        own = getattr(sys, name)
+        raw = open(number, "wb", buffering=0, closefd=False)  # noqa: SIM115
+        setattr(sys, name, io.TextIOWrapper(raw, own.encoding, own.errors, write_through=True))
+
+
 def _take_files(numbers: list[int], received: list[int]) -> None:
     """Gives the files that came with a request the numbers that they have at the client."""
     import fcntl
@@ -385,7 +455,7 @@ def _take_files(numbers: list[int], received: list[int]) -> None:
 
 
 def serve_forks(listener: socket.socket, executable: str) -> None:
-    """Forks for every request until standard input ends; returns when a fork has done its part."""
+    """Forks for every request until standard input ends; a fork ends as an interpreter does."""
     import gc
 
     # Some libraries set variables.
@@ -403,7 +473,7 @@ def serve_forks(listener: socket.socket, executable: str) -> None:
     assert len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208
     request = _Server(listener, environment, dict(os.environ)).serve()
     if request is not None:
-        _become(request, executable)
+        _run(request, executable)
 
 
 if __name__ == "__main__":

@@ -344,6 +344,7 @@ def test_a_file_that_is_no_shard_by_its_name_is_told_so(clips: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_libraries")
 def test_a_set_whose_making_stopped_halfway_is_not_called_whole(tmp_path):
     manifest = tmp_path / "captions.csv"
     manifest.write_text('caption\na red circle\na blue bar\n" "\n')
