@@ -1,5 +1,6 @@
 """Recipes of plans: whatever the recipe sets, each layout that is planned can be run."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -109,11 +110,9 @@ def test_every_layout_of_a_shuffled_gap_leaves_ranks_pairs_of_samples(num_gpus):
 
 def test_fewer_gpus_than_work_on_a_sample_together_make_a_fused_layout_of_all_of_them():
     for gap in ("own", "shuffled"):
-        ranks = "topology.pools.learn.ranks=4"
-        _, work = made(f"fake_score.gap={gap}", "generator.compute.ulysses=4", ranks)
-        assert fused_map(work, 2).ranks == {FUSED: 4}
-    _, work = made("fake_score.gap=shuffled")
-    assert fused_map(work, 3).ranks == {FUSED: 2}
+        _, work = made(f"fake_score.gap={gap}")
+        assert fused_map(replace(work, ulysses=((GENERATOR, 4),)), 2).ranks == {FUSED: 4}
+        assert fused_map(work, 3).ranks == {FUSED: 2}
 
 
 def test_a_stage_whose_work_another_one_does_has_measured_seconds_of_0():
