@@ -114,7 +114,7 @@ docs: $(READY)  ## Make the generated pages and build the site; a broken link is
 	$(BIN)/python docs/make_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-fmt: $(READY)  ## Format the code and mend what can be mended
+fmt: $(READY)  ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

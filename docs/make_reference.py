@@ -56,7 +56,7 @@ def _parameter(parameter: Any) -> str:  # noqa: ANN401
         return ""
     is_option = str(parameter.opts[0]).startswith("-")
     shown = ", ".join([*parameter.opts, *parameter.secondary_opts])
-    names = f"`{shown}`" if is_option else f"`{str(parameter.name).upper()}`"
+    names = f"`{shown}`" if is_option else f"`{parameter.metavar or str(parameter.name).upper()}`"
     default = parameter.default
     is_plain = isinstance(default, str | int | float) and not isinstance(default, bool)
     shown = f"`{default}`" if is_plain and default != "" else ""

@@ -42,23 +42,33 @@ def interval_state(anchor: _State, noise: _State, sigma: _Level, anchor_sigma: _
     """State at a noise level above that of the anchor: `alpha x_s + beta noise`.
 
     Args:
-        anchor: State x_s.
-        noise: Standard normal.
-        sigma: Noise level to go to.
-        anchor_sigma: Noise level of the anchor.
+        anchor: State x_s (b, ...).
+        noise: Standard normal, shaped like the anchor.
+        sigma: Noise level to go to (b,), at least that of the anchor.
+        anchor_sigma: Noise level of the anchor (b,), below 1.
+
+    Returns:
+        The state, shaped like the anchor.
+
+    Source: Phased DMD (arXiv:2510.27684).
     """
     alpha, beta = interval_scales(sigma, anchor_sigma)
     return _wide(alpha, anchor) * anchor + _wide(beta, anchor) * noise
 
 
 def interval_velocity(anchor: _State, noise: _State, sigma: _Level, anchor_sigma: _Level) -> _State:
-    """Velocity `u` of the path through the anchor: what a fake score of that interval should say.
+    """Velocity of the path through the anchor, the target of a fake score of that interval.
 
     Args:
-        anchor: State x_s.
-        noise: Standard normal.
-        sigma: Noise level of the state.
-        anchor_sigma: Noise level of the anchor.
+        anchor: State x_s (b, ...).
+        noise: Standard normal, shaped like the anchor.
+        sigma: Noise level of the state (b,), at least that of the anchor.
+        anchor_sigma: Noise level of the anchor (b,), below 1.
+
+    Returns:
+        The velocity, shaped like the anchor.
+
+    Source: Phased DMD (arXiv:2510.27684).
     """
     _, beta = interval_scales(sigma, anchor_sigma)
     clean = (1 - anchor_sigma).clamp_min(_LEAST)

@@ -102,7 +102,7 @@ class Phases:
             high_iterations: See the class.
 
         Raises:
-            ConfigError: The boundary is no inner step of the grid.
+            ConfigError: The boundary is not an inner step of the grid.
         """
         raw = schedule.raw_steps(num_steps)
         if boundary not in raw[1:-1]:

@@ -59,7 +59,7 @@ def rollout(
     keep_graph: bool,
     renoise: bool = False,
 ) -> Latents:
-    """Generates clean latents as the generator would have them at one of its steps.
+    """Generates clean latents by a few Euler steps that end at `exit_step`.
 
         x_{i+1} = x_i + (sigma_{i+1} - sigma_i) * v_i          i < exit_step, not recorded
         x0      = x_e - sigma_e * v_e                          e = exit_step, recorded
@@ -70,11 +70,11 @@ def rollout(
     Args:
         model: The generator.
         grid: Noise levels as `FlowMatchSchedule.few_step_grid` gives them.
-        initial_noise: Standard normal; the state at the grid's first level.
-        text: Caption of each sample.
+        initial_noise: Standard normal (b, c, t, h, w); the state at the grid's first level.
+        text: Caption embeddings (b, l, d).
         exit_step: Step to leave at, counted from 0; the same for all samples.
-        keep_graph: Whether the last pass is recorded, whatever the caller's gradient mode is.
-        renoise: Whether the steps before renoise.
+        keep_graph: Record the last pass for autograd, whatever the caller's gradient mode is.
+        renoise: Add new noise to x0 at each earlier step, instead of moving along the velocity.
 
     Returns:
         Clean latents in the dtype of `initial_noise`.
@@ -97,7 +97,7 @@ def rollout_exit(
     keep_graph: bool,
     renoise: bool = False,
 ) -> RolloutExit:
-    """Generates as `rollout` does; returns the whole of the last step.
+    """Generates as `rollout` does; returns the state and velocity of the last step as well.
 
     Args:
         model: The generator.
@@ -107,6 +107,9 @@ def rollout_exit(
         exit_step: See `rollout`.
         keep_graph: See `rollout`.
         renoise: See `rollout`.
+
+    Returns:
+        Clean latents, and the state, velocity and noise level of the step that led to them.
 
     Raises:
         ConfigError: the grid has no step `exit_step`.
@@ -133,12 +136,17 @@ def rollout_exit(
 
 
 def anchored(query: NoisedBatch, left: RolloutExit, level: float | Tensor) -> NoisedBatch:
-    """The query of a rollout from its state at a noise level below the exit step's.
+    """Replaces the clean sample of a query by the rollout's state at a lower noise level.
+
+    Phased distillation judges a sample on the noise levels above such an anchor.
 
     Args:
-        query: At the rollout's samples.
-        left: Where the rollout left for them.
-        level: Noise level that the anchor is at: the end of a phase.
+        query: Score query at the rollout's samples.
+        left: Exit of that rollout.
+        level: Noise level of the anchor, the end of a phase, below that of the exit step.
+
+    Returns:
+        The query with `anchor`, `anchor_sigma` and `exit_sigma`.
     """
     sigma = torch.as_tensor(level, dtype=left.sigma.dtype, device=left.sigma.device)
     sigma = sigma.expand_as(left.sigma)
@@ -152,13 +160,13 @@ def extrapolated(x_t: Latents, velocity: Latents, sigma: PerSample, target: PerS
         x' = x_t + (target - sigma) * velocity
 
     At the next level of a rollout's grid this is its next state, at 0 the clean latents that it
-    would leave for; in between and above it is no state of that rollout.
+    would leave for; in between and above it is not a state of that rollout.
 
     Args:
-        x_t: State of a rollout.
-        velocity: The generator's velocity there.
-        sigma: Noise level there.
-        target: Noise level to go to, below or above it.
+        x_t: State of a rollout (b, c, t, h, w).
+        velocity: The generator's velocity there, of the same shape.
+        sigma: Noise level there (b,).
+        target: Noise level to go to (b,), below or above it.
 
     Returns:
         The state, without a graph.
@@ -190,12 +198,13 @@ def euler_sample(
         grid: Falling noise levels; the latents are those of the last one.
         initial_noise: Standard normal; the state at the grid's first level.
         text: Caption of each sample.
-        negative: What guidance steers away from; needed for a `guidance_scale` other than 1.
-        guidance_scale: Standard form; 1 is the caption alone.
+        negative: Caption that guidance steers away from (1, l, d); needed for a `guidance_scale`
+            other than 1.
+        guidance_scale: Scale in `uncond + scale * (cond - uncond)`; 1 is the caption alone.
         on_step: Called with the number of steps done, after each of them.
         batched_guidance: See `guided_velocity`.
         guidance_norm: See `renormalized`.
-        renoise: Whether the steps renoise.
+        renoise: Add new noise to x0 at each step, instead of moving along the velocity.
 
     Returns:
         Latents in the dtype of `initial_noise`.
@@ -240,7 +249,7 @@ def _require_negative(negative: NegativeText | None, guidance_scale: float) -> N
 def renoised(
     x_t: Samples, velocity: Samples, sigma: float | Tensor, target: float | Tensor, noise: Samples
 ) -> Samples:
-    """State at another noise level: the clean latents that a velocity leads to, noised anew.
+    """State at another noise level: the clean latents that a velocity leads to, noised again.
 
         (1 - target) * (x_t - sigma * velocity) + target * noise
 

@@ -34,7 +34,7 @@ def shift_sigma(u: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*sha
 
         sigma = shift * u / (1 + (shift - 1) * u)
 
-    The more pixels a video has, the more noise it takes to hide it, so large videos want a large
+    The more pixels a video has, the more noise it takes to hide it, so large videos need a large
     shift. A shift of 1 changes nothing.
 
     Args:
@@ -133,7 +133,7 @@ class RandomSteps:
 class FlowMatchSchedule:
     """The path between data and noise, and the noise levels at which we stand on it.
 
-    Stateless: it counts no steps. Also the recipe section `schedule:`.
+    Stateless: it counts no steps. The fields are the recipe keys below `schedule:`.
 
     Attributes:
         shift: Shift of the few-step grid.
@@ -151,11 +151,11 @@ class FlowMatchSchedule:
             a 0 in the list is a step of its own. The authors' trainer rounds equal
             levels to whole thousandths, which differs where 1000 does not divide: its three steps
             are [1000, 667, 333].
-        warp_steps: Whether the shift moves these levels, as it moves equally spaced ones.
+        warp_steps: Moves these levels by the shift, as equally spaced ones are moved.
         score_law: `clamped` takes an integer of 1000 as its thousandth; `renoise` the thousandth
             above it, up to pure noise, as samples are noised off the trajectory.
-        renoise: Whether each step of the generator goes to x0 and noises it anew, as consistency
-            models are sampled; else along its velocity. It holds wherever there is no guidance.
+        renoise: Each step of the generator goes to x0 and adds new noise to it, as consistency
+            models are sampled; false: along its velocity. Samplers with guidance ignore it.
     """
 
     shift: float = 5.0

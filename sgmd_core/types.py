@@ -23,14 +23,17 @@ from sgmd_core.interval import interval_state, interval_velocity
 from sgmd_core.sample_record import SampleRecord
 
 Latents = Float[Tensor, "b c t h w"]
+"""Latents of a batch: sample, channel, latent frame, row, column."""
 PerSample = Float[Tensor, " b"]
+"""One number for each sample, such as a noise level."""
 Text = Float[Tensor, "b l d"]
+"""Caption embeddings: sample, text position, width; zeros after a caption's last token."""
 Scalar = Float[Tensor, ""]
 Samples = Float[Tensor, "b *element"]
 
 
 VALUE, GRADIENT = "value", "gradient"
-"""Kinds of tensors that may be rounded where a run is told to, when they travel between processes
+"""Kinds of tensors that may be rounded, if a recipe asks for it, when they travel between processes
 (`WIRE_KINDS` of a record): what the networks are asked and answer, and what the generator learns.
 """
 
@@ -142,21 +145,22 @@ class Draws(SampleRecord):
 
 @dataclass(frozen=True, slots=True)
 class NoisedBatch(SampleRecord):
-    """A score query: what the generator made, and the noise it is looked at through.
+    """A score query: samples of the generator and the noise that is added to them.
 
-    `x_t` is derived rather than stored: it is cheaper to form than to send, and a role that needs
-    the gradient of a loss with respect to `x0` gets it through `x_t` for free.
+    Fake score and teacher predict velocities at `x_t = (1 - sigma) * x0 + sigma * noise`. `x_t` is
+    derived rather than stored: it is cheaper to form than to send, and the gradient of a loss at
+    `x0` flows through it. A loss can be computed from the first four fields alone.
 
     Attributes:
-        x0: The generator's samples.
-        sigma: Noise level at which they are looked at.
-        noise: Noise through which, standard normal.
-        text: Captions.
+        x0: The generator's samples, clean latents (b, c, t, h, w).
+        sigma: Noise level of each sample (b,), in [0, 1].
+        noise: Standard normal noise, shaped like `x0`.
+        text: Caption embeddings (b, l, d).
         key: The micro-batch.
-        generator_version: Updates that the generator had seen.
+        generator_version: Updates of the generator before it made the samples.
         guide: Another look, for the teacher's guidance alone.
         off: Another look, at samples off the generator's trajectory.
-        anchor: State at a noise level below, which is looked at in place of `x0`; a constant. The
+        anchor: State at a lower noise level, which is noised in place of `x0`; a constant. The
             gradient still belongs to `x0`.
         anchor_sigma: Noise level of the anchor.
         exit_sigma: Noise level that the generator left for `x0` and the anchor from.
@@ -365,7 +369,12 @@ class DiversityTarget(SampleRecord):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A scalar with its graph, and the detached terms it is made of."""
+    """A loss, and the terms that it is made of.
+
+    Attributes:
+        value: Scalar with its graph, a mean over samples; call `backward` on it.
+        terms: Detached scalars by the names that metrics.jsonl, W&B and the report show.
+    """
 
     value: Scalar
     terms: Mapping[str, Scalar]

@@ -18,12 +18,21 @@ GuidanceNorm = Literal["none", "layer_norm", "scalar"]
 class VelocityModel(Protocol):
     """Anything that predicts `noise - x0` from noisy latents, their noise level and a caption.
 
-    Wan behind its adapter, a small network in a test and a closed-form Gaussian all fit. A model
-    takes float32 latents (or float64, if it can) and computes inside in whatever it likes.
+    Wan behind its adapter, a small network in a test and a closed-form Gaussian are examples. A
+    model takes float32 latents (or float64, if it can) and computes in any type inside.
     """
 
     def __call__(self, x_t: Latents, sigma: PerSample, text: Text, /) -> Latents:
-        """Predicts the velocity at `x_t`."""
+        """Predicts the velocity at `x_t`.
+
+        Args:
+            x_t: Noisy latents (b, c, t, h, w).
+            sigma: Noise level of each sample (b,), in [0, 1].
+            text: Caption embeddings (b, l, d).
+
+        Returns:
+            Velocity `noise - x0`, shaped like `x_t`.
+        """
         ...
 
 
@@ -98,7 +107,7 @@ def guided_velocities(
 
 
 def renormalized(guided: Latents, conditional: Latents, norm: GuidanceNorm) -> Latents:
-    """A guided velocity whose length is tied to that of the conditional one.
+    """Guided velocity, rescaled to the length of the conditional one.
 
         layer_norm  guided * |conditional| / max(|guided|, 1e-12), lengths along the last axis
         scalar      guided * min(1, |conditional| / |guided|), lengths of the whole tensor
@@ -108,9 +117,12 @@ def renormalized(guided: Latents, conditional: Latents, norm: GuidanceNorm) -> L
     given together, so it depends on how a batch is split.
 
     Args:
-        guided: Velocity under guidance.
-        conditional: Velocity with the caption alone.
-        norm: Which of these.
+        guided: Velocity under guidance (b, c, t, h, w).
+        conditional: Velocity with the caption alone, of the same shape.
+        norm: Rule, one of the three above.
+
+    Returns:
+        The rescaled velocity, of the same shape.
 
     Source: `cfg_norm` of the trainer that SGMD was released in, whose video recipes have none.
     """

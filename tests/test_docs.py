@@ -1,14 +1,18 @@
 """The documentation: generated pages are those of the code, and the site has no broken link."""
 
+import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
+from pipelines.cli import app
 from pipelines.config.digest import MAY_CHANGE
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.settings_check import known_keys
@@ -73,3 +77,78 @@ def test_the_page_on_resuming_lists_the_keys_that_may_differ():
     page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
     (listed,) = re.findall(r"^Keys that may differ: (.*?)\. ", page, re.MULTILINE)
     assert re.findall(r"`([^`]+)`", listed) == list(MAY_CHANGE)
+
+
+COMMAND = re.compile(r"^(?:\\$ )?sgmd ((?:[^\\\n]|\\\\\n)+)", re.MULTILINE)
+"""A command at the beginning of a line, with the lines that it goes on in."""
+
+
+def test_commands_that_pages_show_have_these_options_and_keys():
+    options = {name: _options(command) for name, command in _all_commands()}
+    keys = {*known_keys(DistillConfig), *known_keys(PretrainConfig)}
+    parts = {".".join(key.split(".")[:end]) for key in keys for end in range(1, key.count(".") + 2)}
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    shown = [
+        (page.name, words)
+        for page in pages
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+        for words in COMMAND.findall(block)
+    ]
+    assert len(shown) > 100
+    wrong = [(page, words) for page, words in shown if _is_wrong(words, options, parts)]
+    assert wrong == []
+
+
+def _all_commands():
+    group = typer.main.get_command(app)
+    for name, command in getattr(group, "commands", {}).items():
+        inner = getattr(command, "commands", {})
+        yield from ((f"{name} {each}", inner[each]) for each in inner)
+        if not inner:
+            yield name, command
+
+
+def _options(command):
+    return {name for parameter in command.params for name in parameter.opts} | {"--help"}
+
+
+def _is_wrong(words, options, parts):
+    given = shlex.split(words.replace("\\\n", " "), comments=True)
+    name = " ".join(given[: 2 if given[0] == "recipes" else 1])
+    if name.startswith("-"):
+        return False
+    own = given[: given.index("--")] if "--" in given else given
+    # Manifests have details of their own, and so has the recipe `gaussians`.
+    is_recipe = not {"--with", "gaussians"} & {*own}
+    keys = [word.partition("=")[0] for word in own[1:] if re.match(r"[a-z_.]+=", word)]
+    flags = [word.partition("=")[0] for word in own if word.startswith("--")]
+    return (
+        name not in options
+        or not options[name].issuperset(flags)
+        or (is_recipe and not parts.issuperset(keys))
+    )
+
+
+NO_LITERALS = ("out of memory", "Missing authentication token", "still reading")
+"""Messages of torch and Ray that the page quotes, and one that is composed of parts."""
+
+
+def test_messages_that_the_page_on_troubleshooting_quotes_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    symptoms = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]
+    quotes = [words for cell in symptoms for words in re.findall(r"`([^`]+)`", cell)]
+    # Commands and settings are compared above.
+    quotes = [words for words in quotes if " " in words and not re.search(r"^sgmd|^ray |=", words)]
+    pieces = {piece.strip() for words in quotes for piece in re.split(r"\.\.\.|\d+", words)}
+    pieces -= {"", *NO_LITERALS}
+    assert len(pieces) > 15
+    text = "\n".join(_literals())
+    assert sorted(piece for piece in pieces if piece not in text) == []
+
+
+def _literals():
+    for package in ("cluster", "pipelines", "workers", "sgmd_core"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value

@@ -104,7 +104,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure(
         "frechet",
         "distance",
-        "Fréchet distance to the teacher's clips; its floor is not taken off",
+        "Fréchet distance to the teacher's clips; the floor is not subtracted",
         known="a set against itself is 0; grows with noise",
         has_ratio=False,
         leads=True,

@@ -16,11 +16,12 @@ from sgmd_core.errors import ConfigError
 
 def bench_command(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Which one; none lists them.")
+        str | None,
+        typer.Argument(metavar="NAME", help="Name of the benchmark; without it, all are listed."),
     ] = None,
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ARGUMENT", help="Its own arguments; options after --"),
+        typer.Argument(metavar="ARGUMENT", help="Arguments of the benchmark; options follow --"),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -23,13 +23,16 @@ def study_command(
     recipe: RecipeName,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show runs, forwards and predicted time; make none.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Show runs, forward passes and predicted time; start nothing."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare the recipe's `study.variants`: the same budget for each, with several seeds.
 
-    The same command again goes on where it was stopped. The recipe `gaussians` compares the
+    Run again, the same command continues. The recipe `gaussians` compares the
     methods on Gaussian mixtures, where every answer is known.
     """
     with working() as console:

@@ -22,7 +22,7 @@ def prepare_command(
             metavar="SRC",
             help="Folder or s3://bucket/prefix of videos with captions beside them (clip.mp4,"
             " clip.txt) or of WebDataset tars; a .tar; a .csv, .tsv, .jsonl, .json or .parquet"
-            " manifest; or a .txt with one prompt a line.",
+            " manifest; or a .txt with one prompt per line.",
         ),
     ],
     target: Annotated[
@@ -31,11 +31,11 @@ def prepare_command(
     arguments: PrepareArguments,
     as_json: Json = False,
 ) -> None:
-    """Make Parquet shards out of videos and captions; killed and started again, it goes on.
+    """Make Parquet shards of videos and captions; run again after an interruption, it continues.
 
-    Files stay as they are, byte by byte, unless --num-frames, --height and --width, or --fps ask
-    for another format. What is not taken is in DST/quarantine.parquet with its reason.
-    Exit code 1: the set is made, and lacks all clips of a tar that cannot be read.
+    Files are copied byte by byte, unless --num-frames, --height and --width, or --fps ask
+    for another format. Rejected clips are in DST/quarantine.parquet, each with its reason.
+    Exit code 1: the set is complete except for the clips of a tar that cannot be read.
     """
     with counting() as count:
         from pipelines.data.making.prepare import prepare
@@ -76,18 +76,20 @@ def check_command(
     arguments: CheckArguments,
     as_json: Json = False,
 ) -> None:
-    """Look at every shard, row and video of a set; exit code 0: usable, 1: not, 2: no such set."""
+    """Check every shard, row and video of a set; exit code 0: usable, 1: not, 2: no such set."""
     with progress_bar() as on_progress:
         from pipelines.data.checking.check import check_shards
 
         report = check_shards(folder, arguments.options(), on_progress)
     data = report.to_json()
     hidden = ("usable", "problems", "examples", "folder", "unfinished")
-    told = {name: _in_a_line(value) for name, value in data.items() if name not in hidden and value}
+    entries = {
+        name: _in_a_line(value) for name, value in data.items() if name not in hidden and value
+    }
     verdict = "usable" if report.is_usable else "NOT USABLE"
     unfinished = [report.unfinished] if report.unfinished else []
     words = [*report.problems, *report.examples, *unfinished, f"{folder}: {verdict}"]
-    show(data, as_json, pairs(told), "\n".join(words))
+    show(data, as_json, pairs(entries), "\n".join(words))
     if not report.is_usable:
         raise typer.Exit(1)
 
@@ -125,9 +127,9 @@ def encode_command(
     arguments: EncodeArguments,
     as_json: Json = False,
 ) -> None:
-    """Encode videos to latents and captions to embeddings; killed and started again, it goes on.
+    """Encode videos to latents and captions to embeddings; run again, it continues.
 
-    Exit code 1: the set is made, and lacks all rows of a shard that cannot be read.
+    Exit code 1: the set is complete except for the rows of a shard that cannot be read.
     """
     with progress_bar() as on_progress:
         with paused_collector():

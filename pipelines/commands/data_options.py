@@ -29,11 +29,13 @@ _DEFAULT_TOKENS = 512
 ShardClips = Annotated[int, typer.Option(min=1, help="Most clips in a shard")]
 MaxCaptionChars = Annotated[int, typer.Option(min=1, help="A longer caption is bad")]
 MaxBadFraction = Annotated[
-    float, typer.Option(min=0, max=1, help="Stop where a larger share of the clips is bad")
+    float, typer.Option(min=0, max=1, help="Stop if a larger share of the clips is bad")
 ]
 Processes = Annotated[
     int | None,
-    typer.Option(min=0, max=1024, help="Default: one a core; 0 works in this process"),
+    typer.Option(
+        min=0, max=1024, help="Number of processes; default: one per core; 0: this process alone"
+    ),
 ]
 
 
@@ -42,11 +44,11 @@ class ClipFormatOptions(OptionGroup):
     """Format of the clips that are made; what is not given stays as it is."""
 
     num_frames: Annotated[
-        int | None, typer.Option(min=1, max=2**17, help="Frames a clip; a shorter one is bad")
+        int | None, typer.Option(min=1, max=2**17, help="Frames per clip; a shorter clip is bad")
     ] = None
     height: Annotated[int | None, typer.Option(min=1, max=2**14, help="Pixels")] = None
     width: Annotated[int | None, typer.Option(min=1, max=2**14, help="Pixels")] = None
-    fps: Annotated[float | None, typer.Option(help="Frames a second, sampled by time")] = None
+    fps: Annotated[float | None, typer.Option(help="Frames per second, sampled by time")] = None
     policy: Annotated[
         FitPolicy,
         typer.Option(
@@ -157,13 +159,13 @@ class PrepareArguments(OptionGroup):
     captions: Annotated[
         CaptionChoice,
         typer.Option(
-            help="Of a list of captions, or of manifest rows with one video: take the first"
-            " usable one or a random one, and count the others in the summary; or make a row of"
-            " each (all), with the ids ID#0, ID#1, ..."
+            help="If a clip has several captions: take the first usable one or a random one, and "
+            "count the others in the summary; or make a row for each (all), with the ids ID#0, "
+            "ID#1, ..."
         ),
     ] = CaptionChoice.FIRST
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Which caption --captions random takes")
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of --captions random")
     ] = 0
     clip_format: ClipFormatOptions
     crf: Annotated[
@@ -184,9 +186,7 @@ class PrepareArguments(OptionGroup):
         ),
     ] = DEFAULT_READ_BUDGET_S
     max_bad_fraction: MaxBadFraction = 0.01
-    retry_bad: Annotated[
-        bool, typer.Option("--retry-bad", help="Try again what earlier runs did not take")
-    ] = False
+    retry_bad: Annotated[bool, typer.Option("--retry-bad", help="Try rejected clips again")] = False
     processes: Processes = None
 
     def options(self) -> "PrepareOptions":
@@ -225,20 +225,22 @@ class CheckArguments(OptionGroup):
     sample: Annotated[
         int | None, typer.Option(min=0, help="Rows to decode, drawn by seed; default: all")
     ] = None
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Which rows are drawn")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of --sample")] = 0
     model: Annotated[
-        Path | None, typer.Option(help="Diffusers folder: count captions in its tokens too")
+        Path | None, typer.Option(help="Diffusers folder: also count the captions' tokens")
     ] = None
     text_length: Annotated[
         int | None,
-        typer.Option(min=1, max=2**14, help="Tokens that the model takes; its folder knows"),
+        typer.Option(
+            min=1, max=2**14, help="Tokens that the model takes; default: from its folder"
+        ),
     ] = None
     max_caption_chars: MaxCaptionChars = 4096
     clip_limits: ClipLimitOptions
     max_bad_fraction: MaxBadFraction = 0.01
     columns: ColumnOptions
     write_index: Annotated[
-        bool, typer.Option("--write-index", help="Write _index.json anew, for the shards there")
+        bool, typer.Option("--write-index", help="Rewrite _index.json for the present shards")
     ] = False
     processes: Processes = None
 
@@ -279,7 +281,9 @@ class CheckArguments(OptionGroup):
 class EncodeArguments(OptionGroup):
     """Options of `sgmd encode`."""
 
-    model: Annotated[Path, typer.Option(help="Model folder; what is not given here comes from it")]
+    model: Annotated[
+        Path, typer.Option(help="Model folder; also gives the default size and rate of the clips")
+    ]
     clip_format: ClipFormatOptions
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Make text embeddings alone; no video is read")
@@ -301,7 +305,7 @@ class EncodeArguments(OptionGroup):
     text_encoders: Annotated[int, typer.Option(min=1, help="Actors with the text encoder")] = 1
     text_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each; 0.5 shares one")] = 0.0
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT; default: our own")
+        str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT; default: start one")
     ] = None
     negative: Annotated[
         list[str] | None,
@@ -353,7 +357,7 @@ class EncodeArguments(OptionGroup):
         """The formats of the buckets, with the rate and the policy of all.
 
         Raises:
-            ConfigError: One is no size, or a size of all clips is given besides.
+            ConfigError: One is not a size, or a size of all clips is given besides.
         """
         from sgmd_core.errors import ConfigError
 

@@ -30,7 +30,7 @@ def export_command(
     output: Annotated[
         Path | None, typer.Option(help="Folder, replaced whole; default RUN/exports/FORMAT")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: bf16, fp16 or fp32")] = "bf16",
     components: Annotated[
         str,
         typer.Option(help="Text encoder and autoencoder: link, copy or none (diffusers only)"),
@@ -39,13 +39,13 @@ def export_command(
         int | None, typer.Option(help="Rank of a LoRA of all weights; default 64")
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="Model that it was trained from; a run knows it")
+        Path | None, typer.Option(help="Model that it was trained from; default: the run's")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a generator for diffusers, ComfyUI or the original code, and compare it.
 
-    The folder has a model card, README.md, with the lines of code that sample it rightly.
+    The folder has a model card, README.md, with the code that samples it.
     """
     with progress_bar() as on_progress:
         from pipelines.exporting.export import Components, ExportOptions, export
@@ -93,7 +93,7 @@ def import_command(
     ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The new model folder.")],
     base: Annotated[
-        Path, typer.Option(help="Model folder of the same size; its other parts are taken")
+        Path, typer.Option(help="Model folder of the same size, for the other components")
     ],
     components: Annotated[
         str, typer.Option(help="Text encoder and autoencoder: link or copy")
@@ -124,9 +124,7 @@ def import_command(
 def experts_command(
     base: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or a run.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The new model folder.")],
-    boundary: Annotated[
-        float, typer.Option(help="Noise level from which on the first expert is asked")
-    ],
+    boundary: Annotated[float, typer.Option(help="Lowest noise level of the first expert")],
     components: Annotated[str, typer.Option(help="Weight files: link or copy")] = "link",
     as_json: Json = False,
 ) -> None:

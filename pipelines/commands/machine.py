@@ -13,19 +13,23 @@ from pipelines.commands.output import show, working
 def doctor_command(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="[RECIPE]", help="A recipe, for its output and its models."),
+        typer.Argument(
+            metavar="[RECIPE]", help="Recipe that names the output and the models to check."
+        ),
     ] = None,
     overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster to look at, every machine: auto, HOST:PORT")
+        str | None, typer.Option(help="Ray cluster whose machines are checked: auto, HOST:PORT")
     ] = None,
-    storage: Annotated[str | None, typer.Option(help="Folder or s3://bucket/prefix to try")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Folder or s3://bucket/prefix whose access is checked")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Model folder or address that all machines must have")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine or a cluster has, what is missing, and how to get it."""
+    """List what this machine or a cluster has and lacks, and how to get what is missing."""
     with working():
         from pipelines.doctoring.examine import examine
         from pipelines.doctoring.findings import Status, summarize_machines

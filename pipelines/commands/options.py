@@ -21,7 +21,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 RecipeName = Annotated[
     str,
     typer.Argument(
-        metavar="RECIPE", help="A recipe that ships, a YAML file, or a run, for its settings."
+        metavar="RECIPE",
+        help="Name of a shipped recipe, a YAML file, or a run whose settings are used.",
     ),
 ]
 Overrides = Annotated[

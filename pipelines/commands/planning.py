@@ -29,55 +29,56 @@ class PlanArguments(OptionGroup):
     """Options of the question: the GPUs, what is known of them, and what may be changed."""
 
     gpus: Annotated[
-        int | None, typer.Option(help="GPUs of the whole run, the validator included [default: 8]")
+        int | None, typer.Option(help="GPUs of the whole run, validator included [default: 8]")
     ] = None
     gpu_memory: Annotated[
         float | None,
-        typer.Option(help="GB of memory of one [default: 80]"),
+        typer.Option(help="Memory of one GPU, in GB [default: 80]"),
     ] = None
     kinds: Annotated[
         list[str] | None,
         typer.Option(
             "--kind",
             metavar="NAME=GPUSxGB@TFLOPS",
-            help="Instead of --gpus, one of several kinds of GPU, such as H100=8x80@229; NAME is "
-            "the label that Ray gives its machines. Say it once for each, the fastest first",
+            help="Instead of --gpus: one of several kinds of GPU, such as H100=8x80@229, where "
+            "NAME is the label that Ray gives its machines; repeat it for each kind, fastest first",
         ),
     ] = None
     gpus_per_node: Annotated[
-        int, typer.Option(help="GPUs of a machine, whose ranks gather weights at --node-bandwidth")
+        int,
+        typer.Option(help="GPUs of one machine, whose ranks gather weights at --node-bandwidth"),
     ] = 8
     node_bandwidth: Annotated[
-        float, typer.Option(help="GB/s at which a GPU is sent weights within a machine")
+        float, typer.Option(help="GB/s per GPU for weights within a machine")
     ] = 200.0
     network_bandwidth: Annotated[
-        float, typer.Option(help="GB/s at which it is sent weights between machines")
+        float, typer.Option(help="GB/s per GPU for weights between machines")
     ] = 40.0
     model: Annotated[
         str | None,
         typer.Option(
-            help="1.3b, 5b, 14b, a14b (Wan) or ltx-2b, where model.folder is not here yet"
+            help="1.3b, 5b, 14b, a14b (Wan) or ltx-2b, if model.folder is not on this machine"
         ),
     ] = None
     measured: Annotated[
         Path | None,
-        typer.Option(help="A run, or gpu.json of `make gpu-check`, to take times from"),
+        typer.Option(help="Source of stage times: a run, or gpu.json of `make gpu-check`"),
     ] = None
     tflops: Annotated[
-        float | None, typer.Option(help="TFLOP/s that a GPU reaches, where nothing is measured")
+        float | None, typer.Option(help="TFLOP/s that a GPU reaches, without --measured")
     ] = None
     host_memory: Annotated[
-        float, typer.Option(help="GB of main memory beside each GPU, for what is offloaded")
+        float, typer.Option(help="Main memory for each GPU, in GB, for offloaded tensors")
     ] = 200.0
     fit: Annotated[
         bool,
         typer.Option(
             "--fit",
-            help="Change the recipe's memory settings to those with which it fits and is fastest",
+            help="Choose the memory settings with which the run fits and is fastest",
         ),
     ] = False
     any_batch: Annotated[
-        bool, typer.Option("--any-batch", help="Take the batch size nearby that suits best")
+        bool, typer.Option("--any-batch", help="Choose a nearby batch size that uses the GPUs best")
     ] = False
 
     def request(self, recipe: str, overrides: list[str]) -> "Request":
@@ -116,7 +117,7 @@ def plan_command(
     output: PlanOutputOptions,
     as_json: Json = False,
 ) -> None:
-    """Size the pools for some GPUs: layout, time, use and memory, before any is taken."""
+    """Size the pools for a number of GPUs: layout, time, use and memory; needs no GPU."""
     with working():
         from pipelines.planning.request import answer
 
@@ -146,10 +147,10 @@ def _manifest(kind: str, config: "DistillConfig", plan: "Plan", details: Sequenc
 
 
 def _table(result: "Plan") -> Table:
-    told = result.to_json()
-    shape = told["workload"]
+    document = result.to_json()
+    shape = document["workload"]
     table = Table(
-        title=f"{told['gpus_used']} of {count_in_words(told['gpus'], 'GPU')}, "
+        title=f"{document['gpus_used']} of {count_in_words(document['gpus'], 'GPU')}, "
         f"{_count(shape['parameters'])} parameters, "
         f"{count_in_words(shape['tokens'], 'token')} a sample, "
         f"{count_in_words(shape['batch_size'], 'sample')} an iteration",
@@ -183,14 +184,14 @@ def _count(number: int) -> str:
 
 
 def _words(result: "Plan") -> list[str]:
-    told = result.to_json()
+    document = result.to_json()
     return [
-        f"{told['layout']}: {told['iteration_s']:.4g} s an iteration, "
-        f"{told['gpu_hours_per_1000_iterations']:.4g} GPU-hours for 1000; "
-        f"{_gathered(result.best)}; stage times {told['stage_times']}",
+        f"{document['layout']}: {document['iteration_s']:.4g} s an iteration, "
+        f"{document['gpu_hours_per_1000_iterations']:.4g} GPU-hours for 1000; "
+        f"{_gathered(result.best)}; stage times {document['stage_times']}",
         *(_beside(layout) for layout in result.layouts[1:]),
         *(f"{name}: {reason}" for name, reason in result.left_out.items()),
-        f"settings: {' '.join([_set(told['settings']), *result.memory_settings])}",
+        f"settings: {' '.join([_set(document['settings']), *result.memory_settings])}",
     ]
 
 

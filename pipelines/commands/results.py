@@ -24,7 +24,7 @@ class EvaluateArguments(OptionGroup):
     """Options of `sgmd evaluate` by their names in `EvaluationOptions`."""
 
     num_captions: Annotated[
-        int | None, typer.Option(help="Clips in every set; default 256, or all where fewer")
+        int | None, typer.Option(help="Clips in every set; default 256, or all if there are fewer")
     ] = None
     teacher_steps: Annotated[int | None, typer.Option(help="Steps of the reference")] = None
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance of the teacher")] = None
@@ -43,10 +43,12 @@ class GenerateArguments(OptionGroup):
     """Options of `sgmd generate` by their names in `SamplingOptions`."""
 
     num_steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance")] = None
+    guidance_scale: Annotated[float | None, typer.Option(help="1 means no guidance")] = None
     flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise levels")] = None
     text_length: Annotated[int | None, typer.Option(help="Text positions")] = None
-    negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from")] = None
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="Caption that guidance steers away from")
+    ] = None
     num_frames: Annotated[int | None, typer.Option(help="Frames a clip")] = None
     height: Annotated[int | None, typer.Option(help="Pixels")] = None
     width: Annotated[int | None, typer.Option(help="Pixels")] = None
@@ -59,20 +61,22 @@ def evaluate_command(
         Path, typer.Argument(metavar="RUN", help="A finished run, or a diffusers folder.")
     ],
     *,
-    teacher: Annotated[Path | None, typer.Option(help="Teacher's folder; a run knows it")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Teacher's folder; default: the run's")
+    ] = None,
     captions: Annotated[
-        str | None, typer.Option(help="Shards or file of held-out captions; a run knows them")
+        str | None, typer.Option(help="Shards or file of held-out captions; default: the run's")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default RUN")] = None,
     sampling: EvaluateArguments,
     cache: Annotated[
-        Path | None, typer.Option(help="Keeps the teacher's figures, for several runs")
+        Path | None, typer.Option(help="Folder that keeps the teacher's figures for several runs")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a generator against its teacher: figures, verdicts, contact sheet.
 
-    A verdict is `unknown` where the clips are too few to tell. Exit code 0 whatever the verdicts;
+    A verdict is `unknown` if the clips are too few to decide. The exit code is 0 for all verdicts;
     `passed` of evaluation.json is true, false or null.
     """
     with progress_bar() as on_progress, ExitStack() as stack:
@@ -117,11 +121,13 @@ def generate_command(
     ],
     *,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="What to show; may be given more than once")
+        list[str] | None, typer.Option(help="Caption of a clip; may be given more than once")
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help="File of prompts: .txt with one a line, .csv, .tsv, .json, .jsonl, ..."),
+        typer.Option(
+            help="File of prompts: .txt with one per line, .csv, .tsv, .json, .jsonl, ..."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the clips")] = Path("clips"),
     seed: Annotated[
@@ -130,18 +136,18 @@ def generate_command(
     ] = None,
     num_clips: Annotated[
         int | None,
-        typer.Option(min=1, max=1_000_000, help="Clips of each prompt, from the seed on"),
+        typer.Option(min=1, max=1_000_000, help="Clips of each prompt, with successive seeds"),
     ] = None,
     sampling: GenerateArguments,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Of a run: last, best or an iteration")
+        str | None, typer.Option(help="Checkpoint of a run: last, best or an iteration")
     ] = None,
     lora: Loras = None,
     zoom: Annotated[int | None, typer.Option(help="Enlarge the files this many times")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     as_json: Json = False,
 ) -> None:
-    """Sample prompts to mp4 and GIF; what is not given comes from the model's folder."""
+    """Sample prompts to mp4 and GIF; settings that are not given come from the model's folder."""
     with progress_bar() as on_progress:
         with paused_collector():
             from diffusers.utils import logging
@@ -217,7 +223,7 @@ def report_command(
 
     The folder of a sweep gives a page of its trials.
 
-    Exit code 1: of some file of a run nothing could be read; the page shows the rest.
+    Exit code 1: a file of a run could not be read at all; the page shows the rest.
     """
     with working(), ExitStack() as stack:
         from cluster.storage import file_size
@@ -259,11 +265,11 @@ def report_command(
 def ledger_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, finished or not.")],
     data: Annotated[
-        str | None, typer.Option(help="Where its training data are now, if they were moved")
+        str | None, typer.Option(help="Present place of the training data, if they were moved")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether a run used every sample of each epoch once; exit code 1 if it did not."""
+    """Check that a run used every sample of each epoch once; exit code 1 if it did not."""
     with working():
         from pipelines.distillation.audit import audit
 
@@ -271,9 +277,9 @@ def ledger_command(
     verdict = "every sample once" if result.is_clean else "samples were lost or repeated"
     if result.iterations_missing:
         verdict = f"{result.iterations_missing} iterations were made of which the ledger has none"
-    told = f"{result.iterations} iterations, {result.samples_of_all} samples: {verdict}"
+    outcome = f"{result.iterations} iterations, {result.samples_of_all} samples: {verdict}"
     if not result.iterations and result.is_clean:
-        told = "nothing yet: no iteration has been finished, so there is no sample to look for"
+        outcome = "nothing yet: no iteration has been finished, so there is no sample to look for"
     examples = [
         f"epoch {epoch}, for example: {', '.join(found.examples)}"
         for epoch, found in _epochs(result)
@@ -286,15 +292,15 @@ def ledger_command(
         )
     if result.text_encoder_named:
         examples.append(
-            "the model folder had no text encoder: embeddings were taken on their word, made by "
-            f"{result.text_encoder_named}"
+            "the model folder had no text encoder: embeddings were not verified; they name as "
+            f"their maker {result.text_encoder_named}"
         )
     if result.autoencoder_named:
         examples.append(
-            "the model folder had no autoencoder: latents were taken on their word, made by "
-            f"{result.autoencoder_named}"
+            "the model folder had no autoencoder: latents were not verified; they name as "
+            f"their maker {result.autoencoder_named}"
         )
-    show(result.to_json(), as_json, ledger_table(result), *examples, told)
+    show(result.to_json(), as_json, ledger_table(result), *examples, outcome)
     if not result.is_clean:
         raise typer.Exit(1)
 

@@ -27,7 +27,8 @@ def shapes_command(
     shard_size: Annotated[int, typer.Option(help="Clips in one Parquet file")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Fixes every clip")] = 0,
     world: Annotated[
-        WorldName, typer.Option(help="`open`: several textured objects, motion in part unsaid")
+        WorldName,
+        typer.Option(help="`open`: several textured objects, captions that leave motion open"),
     ] = WorldName.SHAPES,
     as_json: Json = False,
 ) -> None:
@@ -68,7 +69,7 @@ def pretrain_command(
     recipe: RecipeName,
     overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT; default: our own")
+        str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT; default: start one")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check settings, clips and folders; start nothing.")
@@ -119,7 +120,8 @@ def distill_command(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="RECIPE", help="A recipe that ships, a YAML file, or a run, for its settings."
+            metavar="RECIPE",
+            help="Name of a shipped recipe, a YAML file, or a run whose settings are used.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -130,8 +132,8 @@ def distill_command(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with this run's newest checkpoint; RECIPE may be left out. `auto`: the "
-            "recipe's own run where it exists, else a new one.",
+            help="Resume this run from its newest checkpoint; RECIPE may be left out. `auto`: the "
+            "recipe's own run if it exists, else a new one.",
         ),
     ] = None,
     as_json: Json = False,

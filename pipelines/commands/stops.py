@@ -103,7 +103,7 @@ def leave_process(code: int, *, is_whole: bool = True) -> NoReturn:
 
     There, threads in C++ of Ray, gRPC and others may run on into what is already gone, and end a
     command that has succeeded with a crash (SIGSEGV seen with Ray 2.60). As at that end, threads
-    that are no daemons are waited for, and then what was registered to run at the end is run.
+    that are not daemons are waited for, and then what was registered to run at the end is run.
 
     Args:
         code: The exit code; 1 in place of 0 if the result cannot be written.

@@ -32,8 +32,8 @@ SubmittedArguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="RECIPE KEY=VALUE",
-        help="Arguments of the command: a recipe and settings; RUN of evaluate, SRC DST of "
-        "encode. After --, options of the command too.",
+        help="Arguments of the command: a recipe and settings; RUN for evaluate, SRC DST for "
+        "encode. Options of the command follow --.",
     ),
 ]
 
@@ -55,13 +55,14 @@ def submit_command(
         ),
     ] = None,
     working_dir: Annotated[
-        Path | None, typer.Option(help="The source tree that travels; default: this one")
+        Path | None, typer.Option(help="Source tree to send; default: this one")
     ] = None,
     env: Annotated[
-        list[str] | None, typer.Option(help="Variable to send along; no value, only its name")
+        list[str] | None,
+        typer.Option(help="Name of an environment variable to send; may be repeated"),
     ] = None,
     retries: Annotated[
-        int, typer.Option(min=0, max=1000, help="Times that the job goes on where it failed")
+        int, typer.Option(min=0, max=1000, help="Number of times to restart a failed job")
     ] = 0,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return once the cluster has accepted the job.")
@@ -70,13 +71,13 @@ def submit_command(
         bool, typer.Option("--wait", help="Wait for the end without printing what the job prints.")
     ] = False,
     follow: Annotated[
-        str | None, typer.Option(metavar="JOB", help="Come back to a job; nothing is submitted.")
+        str | None, typer.Option(metavar="JOB", help="Follow a job that was submitted before.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a command as a job on a Ray cluster: the same recipe, the same settings.
 
-    Its log is followed to the end, and its exit code is the job's. Ctrl-C leaves it running.
+    Follows the job's log to the end and exits with its exit code. Ctrl-C leaves the job running.
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or _dashboard_of_ray()
     with working() as console:
@@ -141,7 +142,7 @@ def _print_as_it_is(text: str) -> None:
 
 
 def _results(console: Console, address: str, job_id: str, *, must_answer: bool) -> str:
-    """Place of a job's results; a job that is sent or done is no failure where it is not told."""
+    """Place of a job's results; empty if unknown: a job that is sent or done does not fail."""
     from cluster.errors import JobError
     from cluster.jobs import job_metadata
     from pipelines.submitting.job import results_words

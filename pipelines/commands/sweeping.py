@@ -28,19 +28,19 @@ def sweep_command(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on with an interrupted sweep; trials that have ended stay."
+            "--resume", help="Resume an interrupted sweep; finished trials are not run again."
         ),
     ] = False,
     resume_auto: Annotated[
         bool,
-        typer.Option("--resume-auto", help="As --resume where the sweep has begun; else start it."),
+        typer.Option("--resume-auto", help="Resume the sweep if it has begun, else start it."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check every point or corner; start nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Search settings with Ray Tune as the recipe's `sweep` says; write best.yaml and a report."""
+    """Search settings with Ray Tune, by the recipe's `sweep`; write best.yaml and a report."""
     with working() as console:
         from pipelines.config.recipe import load_recipe
         from pipelines.config.unread import warn_of_foreign_sections
@@ -79,13 +79,13 @@ def live_trials(
         with Live(console=console, refresh_per_second=2, transient=True) as live:
             yield lambda trials, total: live.update(trials_so_far(settings, trials, total))
         return
-    told = -1
+    reported = -1
 
     def tell(trials: Sequence["Trial"], total: int) -> None:
-        nonlocal told
+        nonlocal reported
         ended = sum(trial.state != "running" for trial in trials)
-        if ended != told:
-            told = ended
+        if ended != reported:
+            reported = ended
             plain_printer(console)(f"trials: {ended}/{total}{_best_words(settings, trials)}")
 
     yield tell
@@ -138,7 +138,7 @@ def _figure(trial: "Trial", name: str) -> str:
 
 
 def sweep_words(result: "SweepResult") -> list[RenderableType]:
-    """Points, the best one first, then errors, what is not told apart, and the next step."""
+    """Points, the best first, then errors, points that clips do not separate, and the next step."""
     from pipelines.config.figures import HEADLINE_FIGURES
     from pipelines.run.places import shared_place
     from pipelines.sweeping.trials import value_in_words

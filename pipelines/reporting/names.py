@@ -72,7 +72,7 @@ def measures_table() -> str:
         f"| {each.known} |"
         for each in MEASURES
     ]
-    heads = "| figure | meaning | unit | ratio | known answer that the tests hold it to |"
+    heads = "| figure | meaning | unit | ratio | known answer in the tests |"
     return "\n".join([heads, "|---|---|---|---|---|", *rows])
 
 

@@ -12,7 +12,7 @@ samples can only come from the first: so, up to the chance of few held samples, 
 E |velocity - exact|^2 over the loss, whatever the truth is.
 
 Part of the first term is the noise of the fake score's own steps, which its next steps undo and
-which is no lag. A copy loses it in a few updates whose rate falls to 0, and has caught up with
+which is not a lag. A copy loses it in a few updates whose rate falls to 0, and has caught up with
 little by then: that copy is settled, and the drop is counted from its loss.
 """
 
@@ -48,7 +48,7 @@ def tracking_lag(
         after: Held loss of each copy after its updates, by the multiple of the rate it had.
 
     Returns:
-        None where the loss before, the settled one, or that of every copy, is no finite number
+        None where the loss before, the settled one, or that of every copy, is not a finite number
         above 0.
     """
     finite = {rate: loss for rate, loss in after.items() if math.isfinite(loss)}

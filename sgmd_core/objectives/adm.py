@@ -29,7 +29,11 @@ from sgmd_core.types import Latents, Loss, NoisedBatch, float32
 
 @dataclass(frozen=True, slots=True)
 class AdmObjective:
-    """The losses of generator, fake score and discriminator. Also a recipe section `objective:`.
+    """Adversarial distribution matching (`adm`): losses of generator, fake score, discriminator.
+
+    A discriminator on the teacher's features tells one ODE step of the teacher from one of the
+    fake score, at x_t; the generator's gradient passes through the fake score's input. The fields
+    are the recipe keys below `objective:`. Source: ADM (arXiv:2507.18569).
 
     Attributes:
         method: Names this section among the methods.

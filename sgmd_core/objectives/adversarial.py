@@ -198,7 +198,10 @@ def discriminator_accuracy(real: Logits, fake: Logits) -> Scalar:
 
 @dataclass(frozen=True, slots=True)
 class AdversarialTerm:
-    """Part of an objective that a discriminator takes in. Also a recipe section `adversary:`.
+    """Loss of generator and discriminator against each other, with an approximate R1 penalty.
+
+    A part of `AdmObjective` and, if set, of `Dmd2Objective` and `TmdObjective`. The fields are the
+    recipe keys below `objective.adversary:`.
 
     Attributes:
         weight: Weight of the term in the generator's loss.

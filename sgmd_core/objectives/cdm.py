@@ -14,7 +14,7 @@
 
     fake score  as DMD's
 
-DMD with a guided teacher is L_DM + L_CA at one and the same noise (but for n): matching and
+DMD with a guided teacher is L_DM + L_CA at one and the same noise (except for n): matching and
 guidance added up. Here guidance is looked at between no noise and the level that the generator
 stood at, matching everywhere. `guidance: joint` keeps them together, as DMD does; then x0_cond in
 L_DM is x0_guided, and L_CA is left out.
@@ -75,7 +75,11 @@ def augmentation_direction(
 
 @dataclass(frozen=True, slots=True)
 class CdmObjective(DmdObjective):
-    """The losses of generator and fake score. Also a recipe section `objective:`.
+    """Continuous-time distribution matching (`cdm`): losses of generator and fake score.
+
+    Matches samples of rollouts with random steps, the teacher's guidance at noise of its own, and
+    samples off the trajectory. The fields are the recipe keys below `objective:`.
+    Source: CDM (arXiv:2605.06376).
 
     Attributes:
         guidance: `split` looks at the teacher's guidance at a noise level of its own, `joint` at

@@ -155,7 +155,11 @@ def denoising_loss(query: NoisedBatch, velocity_fake: Latents) -> Loss:
 
 @dataclass(frozen=True, slots=True)
 class DmdObjective:
-    """The losses of generator and fake score. Also a recipe section `objective:`.
+    """Distribution matching (`dmd`): reverse KL with one update of the fake score per iteration.
+
+    The generator's gradient at a sample is `matching_direction`, the gap of the two scores over the
+    teacher's residual; both predictions are constants. The fields are the recipe keys below
+    `objective:`. Source: DMD (arXiv:2311.18828).
 
     Attributes:
         method: Names this section among the methods.

@@ -24,7 +24,9 @@ from sgmd_core.objectives.dmd import DmdObjective
 
 @dataclass(frozen=True, slots=True)
 class Dmd2Objective(DmdObjective):
-    """The losses of `DmdObjective` with more fake-score updates. Also a section `objective:`.
+    """DMD2 (`dmd2`): `DmdObjective` with five updates of the fake score, and a GAN term if set.
+
+    The fields are the recipe keys below `objective:`. Source: DMD2 (arXiv:2405.14867).
 
     Attributes:
         adversary: The GAN term, which needs latents of data; null leaves it out.

@@ -58,7 +58,10 @@ def random_direction(query: NoisedBatch) -> Latents:
 
 @dataclass(frozen=True, slots=True)
 class PdmdObjective(DmdObjective):
-    """The losses of `DmdObjective`, the direction projected. Also a section `objective:`.
+    """Projected distribution matching (`pdmd`): `DmdObjective` along a projected direction.
+
+    The part of the gap along the fake score's residual is removed before the gap is divided. The
+    fields are the recipe keys below `objective:`. Source: PDMD (arXiv:2609.35768).
 
     Attributes:
         removed: What is projected out: the fake score's `residual`, or a `random` direction, which

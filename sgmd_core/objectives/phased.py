@@ -76,7 +76,11 @@ def interval_direction(
 
 @dataclass(frozen=True, slots=True)
 class PhasedObjective(DmdObjective):
-    """The losses of generator and fake score. Also a recipe section `objective:`.
+    """Phased distribution matching (`phased_dmd`): high noise levels first, then low ones.
+
+    Each phase trains the generator's steps above or below `boundary`, and judges samples on the
+    interval above the phase's last state. The fields are the recipe keys below `objective:`.
+    Source: Phased DMD (arXiv:2510.27684).
 
     Attributes:
         boundary: Raw level, in thousandths, at which the high phase ends; a step of the generator

@@ -28,7 +28,10 @@ from sgmd_core.types import Latents, Loss, NoisedBatch, float32, sample_mean
 
 @dataclass(frozen=True, slots=True)
 class RcmObjective(DmdObjective):
-    """The losses of generator and fake score. Also a recipe section `objective:`.
+    """rCM (`rcm`): consistency on latents of data, and distribution matching on own samples.
+
+    With `matching_weight` 0 it is sCM. The fields are the recipe keys below `objective:`.
+    Source: rCM (arXiv:2510.08431).
 
     Attributes:
         consistency: The term on latents of the data.

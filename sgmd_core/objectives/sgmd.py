@@ -36,12 +36,19 @@ from sgmd_core.types import Latents, Loss, NoisedBatch, float32
 
 @dataclass(frozen=True, slots=True)
 class SgmdObjective:
-    """The losses of generator and fake score. Also the recipe section `objective:`.
+    """Score gradient matching distillation (`sgmd`): losses of generator and fake score.
+
+        L_G = L_Fisher + lambda_nr * L_NR       generator, through the fake score's input
+        L_F =            lambda_rc * L_RC       fake score
+
+    `generator_loss` and `tracking_loss` take velocities (b, c, t, h, w) that networks predicted at
+    `query.x_t`; no network is called. The fields are the recipe keys below `objective:`.
+    Source: SGMD (arXiv:2605.30116), Algorithm 1, and the authors' released trainer.
 
     Attributes:
         method: Names this section among the methods.
         form: `released` as in the authors' trainer, `paper` as in their paper. They are different
-            objectives: expect to tune the weights anew.
+            objectives: expect to tune the weights separately.
         lambda_nr: Weight of the negative residual; 0 gives the loss of TSG-Fisher, whose own method
             makes five updates of the fake score, too. The paper tried 0.05 to 0.5 and settled on
             0.1; 0.5 collapsed.

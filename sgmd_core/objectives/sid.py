@@ -15,7 +15,7 @@ two differ by. It makes the teacher's input part of the graph, conditional and u
 alike, and the iteration the dearest of all methods here.
 
 The loss may be negative, and its value says nothing about how far the generator has come: where the
-fake score is exact, it is 0 in expectation for a = 1. Its gradient there is, but for a factor of
+fake score is exact, it is 0 in expectation for a = 1. Its gradient there is, except for a factor of
 the noise level, that of half the Fisher divergence over noised samples that stay where they are.
 
 Source: SiD (arXiv:2404.04057), in the form that Self-Forcing gives it for video.
@@ -34,7 +34,9 @@ from sgmd_core.types import Latents, Loss, NoisedBatch, float32, per_sample
 
 @dataclass(frozen=True, slots=True)
 class SidObjective:
-    """The losses of generator and fake score. Also a recipe section `objective:`.
+    """Score identity distillation (`sid`): a gradient through fake score and teacher.
+
+    The fields are the recipe keys below `objective:`. Source: SiD (arXiv:2404.04057).
 
     Attributes:
         method: Names this section among the methods.

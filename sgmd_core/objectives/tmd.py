@@ -33,7 +33,11 @@ from sgmd_core.types import Latents, Loss, NoisedBatch
 
 @dataclass(frozen=True, slots=True)
 class TmdObjective(Dmd2Objective):
-    """The losses of generator and fake score. Also a recipe section `objective:`.
+    """Transition matching distillation (`tmd`): a flow head samples the velocity of each step.
+
+    Stage `meanflow` teaches the head strides on latents of data, stage `matching` matches
+    distributions as DMD2 does. The fields are the recipe keys below `objective:`.
+    Source: TMD (arXiv:2601.09881).
 
     Attributes:
         stage: `meanflow` or `matching`.

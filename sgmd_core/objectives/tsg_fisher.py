@@ -24,7 +24,9 @@ from sgmd_core.types import Latents, Loss, NoisedBatch
 
 @dataclass(frozen=True, slots=True)
 class TsgFisherObjective:
-    """The losses of generator and fake score. Also a recipe section `objective:`.
+    """Teacher stop-gradient Fisher divergence (`tsg_fisher`): SGMD without its potentials.
+
+    The fields are the recipe keys below `objective:`. Source: SGMD (arXiv:2605.30116).
 
     Attributes:
         method: Names this section among the methods.

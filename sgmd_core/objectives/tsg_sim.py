@@ -28,7 +28,10 @@ from sgmd_core.types import Latents, Loss, NoisedBatch, float32, per_sample
 
 @dataclass(frozen=True, slots=True)
 class TsgSimObjective:
-    """The losses of generator and fake score. Also a recipe section `objective:`.
+    """Score implicit matching with a constant teacher (`tsg_sim`).
+
+    The fields are the recipe keys below `objective:`.
+    Source: score implicit matching (arXiv:2410.16794).
 
     Attributes:
         method: Names this section among the methods.

@@ -21,7 +21,15 @@ from sgmd_core.types import Latents, PerSample, Scalar, Text, per_sample
 
 
 def gaussian_text(mean: PerSample, std: PerSample) -> Text:
-    """Captions (b, 1, 2): the mean and the standard deviation of each sample."""
+    """Makes captions that tell `GaussianVelocity` the distribution of each sample.
+
+    Args:
+        mean: Mean of all elements of each sample (b,).
+        std: Their standard deviation (b,).
+
+    Returns:
+        Captions (b, 1, 2): mean and standard deviation.
+    """
     return torch.stack([mean, std], dim=1)[:, None, :]
 
 
@@ -47,7 +55,8 @@ def x0_gain(sigma: PerSample, std: PerSample | Scalar) -> PerSample:
 class GaussianVelocity:
     """The exact `VelocityModel` of N(mean, std^2), with mean and std read from the captions.
 
-    A teacher whose answers are known in closed form, for tests and examples.
+    A teacher whose answers are known in closed form, for tests and examples. `gaussian_text` makes
+    the captions; `examples/gaussian.py` distils it in thirty lines.
     """
 
     def __call__(self, x_t: Latents, sigma: PerSample, text: Text, /) -> Latents:

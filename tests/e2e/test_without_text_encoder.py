@@ -91,7 +91,7 @@ def test_a_run_makes_the_bits_of_the_whole_folder_and_says_whose_word_it_took(
     assert audit(folder.root).to_json()["text_encoder_named"] == maker
     assert "text_encoder_named" not in audit(whole.run_folder).to_json()
     told = CliRunner().invoke(app, ["ledger", str(folder.root)])
-    assert f"taken on their word, made by {maker}" in " ".join(told.stdout.split())
+    assert f"were not verified; they name as their maker {maker}" in " ".join(told.stdout.split())
     # Its generator has no text encoder either, and lacks nothing else.
     assert not (folder.generator / "text_encoder").exists()
     assert not family_of(folder.generator).inspect(folder.generator).has_text_encoder
