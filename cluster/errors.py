@@ -160,7 +160,7 @@ class StartTimeoutError(ClusterError, TimeoutError):
             f"after {timeout_s:g} s\n{rows}\n",
             "all of them to be ready",
             "A process that has not started waits for its bundle or for its environment (`ray "
-            "status`); one that is building reads its networks or waits for its fellows. Raise "
+            "status`); one that is building reads its networks or waits for the other ranks. Raise "
             "topology.start_timeout_s if that takes long here",
         )
         self.args = (group, states, timeout_s)

@@ -74,7 +74,7 @@ def load_method(point: EntryPoint) -> type[Objective]:
             takes the name of a method that there is.
     """
     attempted = f"loading the method {point.name} ({point.value}, entry point of {ENTRY_POINTS})"
-    remedy = "Mend or uninstall the package that provides it"
+    remedy = "Fix or uninstall the package that provides it"
     try:
         objective = point.load()
     except Exception as error:

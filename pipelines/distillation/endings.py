@@ -46,7 +46,7 @@ class Endings:
             f"training {self.config.name}",
             alarm.in_words(),
             f"none of the alarms in alarms.stop ({', '.join(self.config.alarms.stop)})",
-            f"{state}; change the settings, or go on all the same with --resume {self.folder}",
+            f"{state}; change the settings, or continue nevertheless with --resume {self.folder}",
         )
         error.add_note(self._best())
         return error

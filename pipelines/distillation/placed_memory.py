@@ -166,7 +166,7 @@ def _told(needed: float, there: float, error: ConfigError) -> list[str]:
     if needed > MODEL_MARGIN * there:
         raise error
     # Needs are modelled, and a run that has trained before must not be ended by a model.
-    return [f"{error} The run goes on, as needs are modelled"] if needed > there else []
+    return [f"{error} The run continues, because needs are modelled"] if needed > there else []
 
 
 def _not_compared(why: str) -> str:

@@ -48,7 +48,7 @@ def compare_versions(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]
 def _version_difference(package: str, machines: Mapping[str, Sequence[str]]) -> Finding:
     where = "; ".join(f"{version} on {', '.join(names)}" for version, names in machines.items())
     if len({_public(version) for version in machines}) == 1:
-        remedy = "Builds of one version, as for CPU and GPU machines, work together; mind it if not"
+        remedy = "Builds of one version, as for CPU and GPU machines, work together; others may not"
         return Finding(f"version of {package}", Status.LIMITED, where, remedy)
     remedy = (
         "Copy one source tree to all, or run this as a job, which takes its sources along"
@@ -158,7 +158,7 @@ def judge_reduction(
     """
     name = f"all-reduce ({kind})"
     if not is_right:
-        remedy = "The network or a GPU alters data: do not train there; look at the machines singly"
+        remedy = "The network or a GPU alters data: do not train there; check each machine alone"
         return Finding(name, Status.MISSING, f"wrong sums over {size} ranks", remedy)
     rate = num_bytes / max(seconds) / 1e9
     found = (
