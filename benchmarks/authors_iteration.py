@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What the computation of the generator's phase makes.
+    """Results of the generator's phase.
 
     Attributes:
         x0: Samples, with the graph of their exit step.

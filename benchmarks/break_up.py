@@ -1,4 +1,4 @@
-"""What makes SGMD break up in 256 dimensions at high learning rates, one control at a time.
+"""Causes of SGMD's break-up in 256 dimensions at high learning rates, one control at a time.
 
     python benchmarks/break_up.py
     python benchmarks/break_up.py --samples

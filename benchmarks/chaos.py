@@ -64,7 +64,7 @@ from pipelines.run.folder import read_jsonl
 
 _LONGEST_S = 1800.0
 _FULL_DISK = ("StorageError", "Free space there")
-"""What the error of a full disk says."""
+"""Words of the error of a full disk."""
 
 
 class Ride:

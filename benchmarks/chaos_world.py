@@ -24,10 +24,10 @@ from tests.helpers.faulty_proxy import ProxyBook, Trouble, serve_faulty  # noqa:
 from tests.helpers.s3_server import S3Access, serve_s3  # noqa: E402
 
 _SERVER_S = 8.0
-"""How long a server stands still or is busy."""
+"""Time for which a server is stopped or busy."""
 
 _DOWN_S = 3.0
-"""How long a server is gone that is restarted."""
+"""Time between the end and the restart of a server."""
 
 _DISK_MB = 512
 _FULL_S, _LONGEST_FULL_S = 3.0, 30.0

@@ -1,4 +1,4 @@
-r"""Seconds of one iteration of each method, in turns, next to what counting passes foretells.
+r"""Seconds of one iteration of each method, in turns, next to what counting passes predicts.
 
     python benchmarks/cost_per_iteration.py --output cost.json            # the study of `tiny`
     python benchmarks/cost_per_iteration.py --methods --output cost.json  # every method

@@ -82,9 +82,9 @@ def write_captions(folder: Path, num_shards: int, shard_rows: int, group: int = 
         for _ in range(min(4, num_shards))
     ]
     for number in range(num_shards):
-        told = texts[number % len(texts)]
+        drawn = texts[number % len(texts)]
         names = [f"clip-{number:05d}-{row:05d}" for row in range(shard_rows)]
-        table = pa.table({"sample_id": names, "caption": told}, schema=caption_schema())
+        table = pa.table({"sample_id": names, "caption": drawn}, schema=caption_schema())
         _write(folder / f"part-{number:05d}.parquet", table, group)
 
 

@@ -22,7 +22,7 @@ def measure_wait(
     before: Callable[[], AbstractContextManager[object]] = nullcontext,
     settings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Whole runs of the command, Ray and networks started anew for each.
+    """Whole runs of the command, Ray and networks started again for each.
 
     Args:
         scratch: Folder of the shards and runs.
@@ -39,8 +39,8 @@ def measure_wait(
                 *(f"data.train=s3://{BUCKET}/train", f"output={scratch}", f"name=wait{number}"),
                 *(f"iterations={_ITERATIONS}", "validation.every=0", *settings),
             ]
-            told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-            summary = json.loads(told)
+            printed = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+            summary = json.loads(printed)
             metrics = (scratch / f"wait{number}" / "metrics.jsonl").read_text().splitlines()
             lines = [json.loads(line) for line in metrics]
             waits = [line["data_wait_s"] for line in lines]

@@ -209,10 +209,10 @@ def hops_s(groups: Groups, num_bytes: int, repetitions: int) -> list[float]:
     costs = Costs(lambda call: 0.0, lambda call: num_bytes)
     found: list[float] = []
     for _ in range(repetitions):
-        told = run_dummies(
+        run = run_dummies(
             order_calls(program, teams, 1, 1), {name: groups[name] for name in teams}, costs
         )
-        found.append(told.naps[1].start_s - told.naps[0].end_s)
+        found.append(run.naps[1].start_s - run.naps[0].end_s)
     return found
 
 

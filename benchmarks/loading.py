@@ -84,7 +84,7 @@ def _load(rank: int, num_ranks: int, folder: Path, whole: bool) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     facts = torch.load(folder / "network.pt", weights_only=True)
     part = check_component(folder, TRANSFORMER)
-    # What the first sharding of a process imports is no part of loading.
+    # What the first sharding of a process imports is not part of loading.
     shard(torch.nn.Linear(4, 4), [])
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")

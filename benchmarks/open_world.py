@@ -11,7 +11,7 @@ the reference in turn, and a distance is the mean over them.
     spreads  (distance - floor) / standard deviation of the distances behind the floor
 
 A floor shrinks with the number of clips and a true distance does not, so ratios at different
-numbers of clips differ; distance - floor does not depend on it but for chance. Smaller numbers of
+numbers of clips differ; distance - floor depends on it by chance only. Smaller numbers of
 clips are the first ones of the largest set, so all of them cost one. Clips rendered by the world
 itself, with the same captions, stand beside them: how far the teacher is from what it has learnt.
 

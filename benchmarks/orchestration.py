@@ -145,7 +145,7 @@ def _busy(groups: Groups, rounds: int) -> dict[str, float]:
 def measure_controller(rounds: int, num_iterations: int) -> dict[str, float]:
     """Measures what the machinery adds to a micro-batch, with five processes.
 
-    A sleep lasts a little longer than it was asked to, and that is no work of a controller: the
+    A sleep lasts a little longer than it was asked to, and that is not work of a controller: the
     bound is that of the naps as they were.
     """
     setting = Setting("controller", (1, 3, 1), (100, 150, 50, 40, 60), 16, 3)
@@ -154,14 +154,13 @@ def measure_controller(rounds: int, num_iterations: int) -> dict[str, float]:
     with sleepers({role: team.size for role, team in teams.items()}) as groups:
         rehearse_setting(setting, groups, 1)
         for _ in range(rounds):
-            told = rehearse_setting(setting, groups, num_iterations)
+            run = rehearse_setting(setting, groups, num_iterations)
             slept = {
-                call: nap.end_s - nap.start_s
-                for call, nap in zip(told.calls, told.naps, strict=True)
+                call: nap.end_s - nap.start_s for call, nap in zip(run.calls, run.naps, strict=True)
             }
             bound_s = simulate(calls, Costs(slept.__getitem__), teams).iteration_s
-            beyond_slept.append(told.iteration_s - bound_s)
-            beyond_asked.append(told.iteration_s - setting.bound_s(num_iterations))
+            beyond_slept.append(run.iteration_s - bound_s)
+            beyond_asked.append(run.iteration_s - setting.bound_s(num_iterations))
     per_micro_batch = 1e3 / setting.micro_batches
     found = {
         "processes": 5,

@@ -206,8 +206,8 @@ def _measured(
     with _opened(settings.values()) as groups:
         for _ in range(rounds):
             for key, setting in settings.items():
-                told = rehearse_setting(setting, groups[setting.layout], num_iterations)
-                found[key].append(told.iteration_s)
+                run = rehearse_setting(setting, groups[setting.layout], num_iterations)
+                found[key].append(run.iteration_s)
     return found
 
 
@@ -250,8 +250,8 @@ def _validation(rounds: int, num_iterations: int) -> dict[str, Any]:
         measured: list[list[float]] = [[] for _ in settings]
         for _ in range(rounds):
             for times, setting in zip(measured, settings, strict=True):
-                told = rehearse_setting(setting, groups[setting.layout], num_iterations)
-                times.append(told.iteration_s)
+                run = rehearse_setting(setting, groups[setting.layout], num_iterations)
+                times.append(run.iteration_s)
     rows: list[dict[str, Any]] = []
     for setting, times in zip(settings, measured, strict=True):
         predicted_s, measured_s = (

@@ -167,8 +167,8 @@ def tell(name: str, place: str, value: float, recorded: Sequence[float]) -> bool
     low, high = min(recorded), max(recorded)
     reach = _MARGIN * max(high - low, 0.02 * max(abs(low), abs(high)))
     is_out = not math.isfinite(value) or not low - reach <= value <= high + reach
-    told = "  OUT OF RANGE" if is_out else ""
-    print(f"{name:24} {place:>9} {value:9.4f}   {low:.4f} to {high:.4f}{told}")
+    note = "  OUT OF RANGE" if is_out else ""
+    print(f"{name:24} {place:>9} {value:9.4f}   {low:.4f} to {high:.4f}{note}")
     return is_out
 
 
@@ -181,9 +181,9 @@ def main() -> None:
     made = commands.add_parser("record", help="write a record of runs that differ in their seeds")
     made.add_argument("runs", nargs="+", type=Path)
     made.add_argument("--output", type=Path, default=DEFAULT.parent)
-    told = commands.add_parser("compare", help="put a run beside the record")
-    told.add_argument("run", type=Path)
-    told.add_argument("--reference", type=Path, default=DEFAULT)
+    compare = commands.add_parser("compare", help="put a run beside the record")
+    compare.add_argument("run", type=Path)
+    compare.add_argument("--reference", type=Path, default=DEFAULT)
     given = parser.parse_args()
     if given.command == "record":
         record(given.runs, given.output)

@@ -59,7 +59,7 @@ LIMITS = {
 
 _OF_RAY = {"gcs_server": "control service", "raylet": "raylet"}
 _OF_RUN = "run"
-"""Where quantities of no one process are listed."""
+"""Place of quantities that belong to no single process."""
 
 
 class Sampler(RunObserver):
@@ -207,9 +207,9 @@ def judge(samples: list[dict[str, Any]], warm_up: int, shortest: int) -> dict[st
             is_flat = grown["per_1000"] <= LIMITS[quantity]
             found |= grown | {"verdict": "flat" if is_flat else "grows"}
         verdicts.setdefault(part, {})[quantity] = found
-    told = [found["verdict"] for own in verdicts.values() for found in own.values()]
+    stated = [found["verdict"] for own in verdicts.values() for found in own.values()]
     return {
-        "flat": bool(told) and all(verdict == "flat" for verdict in told),
+        "flat": bool(stated) and all(verdict == "flat" for verdict in stated),
         "grows": [
             f"{part}: {quantity}"
             for part, own in verdicts.items()
@@ -313,8 +313,8 @@ def main() -> None:
     write_document("soak", {"settings": settings, "results": found}, given.output)
     if code:
         raise SystemExit(f"the run ended with {code}:\n{log}")
-    told = [("these faults have not struck", "missed"), ("these grow", "grows")]
-    if problems := [f"{words}: {', '.join(found[key])}" for words, key in told if found[key]]:
+    stated = [("these faults have not struck", "missed"), ("these grow", "grows")]
+    if problems := [f"{words}: {', '.join(found[key])}" for words, key in stated if found[key]]:
         raise SystemExit("; ".join(problems))
 
 

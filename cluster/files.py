@@ -93,7 +93,7 @@ def open_store(
 def opened_store(
     address: str | Path, attempted: str, s3: "S3Settings | None" = None
 ) -> Iterator[tuple[Any, str]]:
-    """The file system of a path or URL, which lists anew, and the path in it; as a context.
+    """The file system of a path or URL, which lists again, and the path in it; as a context.
 
     Args:
         address: As `open_store` takes it.

@@ -89,7 +89,7 @@ def concatenate(values: Sequence[D], spans: Sequence[Span], wanted: Span) -> D:
     """The value that `join` futures, from the values of its pieces.
 
     Raises:
-        TransferError: A value is no record about samples.
+        TransferError: A value is not a record about samples.
     """
     for value in values:
         if not isinstance(value, Divisible):

@@ -82,7 +82,7 @@ class LocalWorkerGroup(WorkerGroup[W]):
         return [read_clock(OWN_MACHINE)] * self.size
 
     def close(self) -> None:
-        """Lets go of the workers."""
+        """Releases the workers."""
         self._workers.clear()
 
     def _submit(

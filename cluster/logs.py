@@ -1,7 +1,7 @@
 """Logs of JSON lines: appended whole, read around what a crash or a disk has broken.
 
 A process that is killed tears at most the last line. A power loss may leave NULs or nothing in the
-place of the last ones. Neither hides the lines before and after it: a line that is no object, or
+place of the last ones. Neither hides the lines before and after it: one that is not an object, or
 lacks what its log promises, is left out and named once.
 """
 

@@ -34,7 +34,7 @@ def cpu_ticks(pid: int) -> int:
 
 
 def oom_kills() -> int:
-    """Processes that the system has ended for want of memory since its start."""
+    """Processes that the system has ended because memory ran out since its start."""
     with suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):

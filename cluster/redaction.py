@@ -14,7 +14,7 @@ _PASSWORD_IN_URL = re.compile(r"//[^/@\s:]+:(?!\d+/)([^@\s]+)@")
 # Terminals obey these; lines and tabs are text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SHORTEST = 6
-"""Shorter values, such as `true`, are no secrets and may occur in any text."""
+"""Shorter values, such as `true`, are not secrets and may occur in any text."""
 
 
 def has_user(address: str) -> bool:
@@ -44,7 +44,7 @@ def without_secrets(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that can be stored and shown: what is no character is written as an escape.
+    """Text that can be stored and shown: what is not a character is written as an escape.
 
     Names and values of foreign data may hold codes that a terminal would obey.
     """

@@ -159,7 +159,7 @@ def watch_cluster(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterato
             if raylet and not is_running(raylet, since):
                 tell(
                     f"the raylet of this machine, Ray's daemon (process {raylet}), has ended, as "
-                    "after SIGKILL or for want of memory; Ray will end this process within a "
+                    "after SIGKILL or when memory runs out; Ray will end this process within a "
                     "minute. Go on with --resume; start a cluster that it has joined again before"
                 )
                 return
@@ -215,7 +215,7 @@ def _start_local(
 
 
 def _system_settings() -> dict[str, int]:
-    """Our settings of Ray, but for those that the environment sets."""
+    """Our settings of Ray, except for those that the environment sets."""
     return {
         name: value for name, value in _SYSTEM_SETTINGS.items() if f"RAY_{name}" not in os.environ
     }
@@ -348,7 +348,7 @@ def _connect(address: str, log_to_driver: bool) -> None:
     if answer == "silent":
         raise TimeoutError(f"{gcs_address} takes connections and does not answer")
     if answer == "none":
-        raise ConnectionError(f"what listens at {gcs_address} is no control service of Ray")
+        raise ConnectionError(f"what listens at {gcs_address} is not a control service of Ray")
     if token and asked_with(gcs_address) == "refused":
         send_token()
     with _on_loopback() if _is_loopback_alone(host, int(port)) else nullcontext():

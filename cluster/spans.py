@@ -2,7 +2,7 @@
 
     arrived   its arguments are in the process
     began     they are unpacked and on their way to the method
-    ended     the method has returned, and the GPU has done what it was told
+    ended     the method has returned, and the GPU has finished its work
     left      the result is packed for other processes
 
 All four are of the machine's monotonic clock, which its processes share, so times of one machine

@@ -23,7 +23,7 @@ def create_token() -> None:
 
 
 Answer = Literal["open", "refused", "silent", "none", "unknown"]
-"""Answer of a control service to a token; `silent`: none in time, `none`: it is no such service."""
+"""Answer of a control service to a token; `silent`: none in time, `none`: it is not one."""
 
 
 def asked_with(gcs_address: str, token: str = "") -> Answer:

@@ -14,10 +14,10 @@ A value with few bytes of arrays is pickled here, as bytes, which Ray passes on 
 pickler runs in Python and costs several times as much. Values with larger arrays are left to it, so
 that these are not copied.
 
-A record may name tensors that can travel narrower than they are, each under a kind; a group is told
-which kinds do. Such a tensor is rounded to bfloat16, which halves a float32 one, and arrives in its
-own dtype again: with 8 bits of precision, off by 2^-8 of each value at most. Everything else, and
-every tensor outside of such records, keeps its bits.
+A record may name tensors that can travel narrower than they are, each under a kind; a group's
+settings say which kinds do. Such a tensor is rounded to bfloat16, which halves a float32 one, and
+arrives in its own dtype again: with 8 bits of precision, off by 2^-8 of each value at most.
+Everything else, and every tensor outside of such records, keeps its bits.
 """
 
 import pickle

@@ -287,7 +287,7 @@ class WorkerGroup(ABC, Generic[W]):
     def ask_work(self) -> list[Future[list[Work]]]:
         """Asks every rank what it has done since this was last asked.
 
-        Waiting for arguments is no part of it; moving them in and out of the process is.
+        Waiting for arguments is not part of it; moving them in and out of the process is.
         """
 
     @abstractmethod

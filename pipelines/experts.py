@@ -39,9 +39,9 @@ def make_experts(
         The new folder.
 
     Raises:
-        ConfigError: The boundary is no noise level, the base has no such denoiser, a folder of
+        ConfigError: The boundary is not noise level, the base has no such denoiser, a folder of
             something else is in the way, or `components` is neither.
-        ModelFolderError: The base is no complete model folder.
+        ModelFolderError: The base is not a complete model folder.
     """
     folder, target = model_folder(base), Path(output)
     attempted = f"making two experts of {folder}"

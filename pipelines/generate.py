@@ -139,27 +139,27 @@ def generate(
     options: SamplingOptions = SamplingOptions(),
     on_progress: OnProgress = lambda done, total: None,
 ) -> Iterator[GeneratedClip]:
-    """Samples every prompt and writes one file a format.
+    """Samples every prompt and writes one file for each format.
 
-    The request is checked at once; a clip is sampled when it is asked for, so that the pixels of
-    many are never held together.
+    The request is checked at once; a clip is sampled when the iterator comes to it, so that the
+    pixels of many are never held together.
 
     Args:
         run_or_model: A model folder, or a finished run, whose generator is used.
-        prompts: Shown by one clip for each seed.
+        prompts: Captions; each gets one clip per seed.
         output: Folder of the files, a path or an address. Their names hold the number and words of
             the prompt, and the seed; it is made when missing, files of the same name are replaced.
         seed: Seed of the initial noise, the same for every prompt; or several.
-        formats: Some of `FORMATS`.
-        zoom: Each pixel is repeated so often along both sides of the files; None enlarges clips
-            whose short side is under 256 px.
+        formats: File formats, some of `FORMATS`.
+        zoom: Factor by which clips are enlarged, in whole pixels; None enlarges clips whose short
+            side is under 256 px.
         device: Torch device; None takes a GPU where there is one.
         options: Sampling settings; the rest comes from the folder's `sgmd.json`, and without one
             from the family's defaults.
         on_progress: Called after every denoising step with (steps done, steps in all).
 
     Returns:
-        One record a clip, in the order of the prompts and then of the seeds.
+        One record per clip, in the order of the prompts and then of the seeds.
 
     Raises:
         ConfigError: No prompt, an empty one, no seed, or a zoom out of range.
@@ -181,7 +181,7 @@ def generate(
     sampler = family.open_sampler(folder, device)
     root = Path(output)
     with storage_errors(f"writing clips to {shared_place(root)}"), files_at(root):
-        pass  # A folder that cannot be made is told before anything is sampled.
+        pass  # A folder that cannot be made is reported before anything is sampled.
     requests = list(itertools.product(enumerate(prompts), seeds))
     names_size = (
         bool(settings.trained_sizes) or settings.size != read_inference_settings(folder).size

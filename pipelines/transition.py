@@ -46,7 +46,7 @@ def make_transition(
     Raises:
         ConfigError: The numbers are those of no flow head, the base has no denoiser for one, a
             folder of something else is in the way, or `components` is neither.
-        ModelFolderError: The base is no complete model folder.
+        ModelFolderError: The base is not a complete model folder.
     """
     folder, target = model_folder(base), Path(output)
     attempted = f"making a transition of {folder}"
@@ -74,7 +74,7 @@ def make_transition(
 
 
 def _require_inner_steps(attempted: str, num_steps: int, shift: float) -> None:
-    """Refuses numbers that are no inner steps, and steps that would not sample as the base does."""
+    """Refuses numbers that are not inner steps, and steps that would not sample like the base."""
     if not is_count(num_steps, MAX_STEPS) or not is_shift(shift):
         raise ConfigError(
             attempted,

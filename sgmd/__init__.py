@@ -5,6 +5,7 @@
     methods       the protocols that a method implements, and what they are written with
     formulas      matching_direction and the other pure functions that the methods are made of
     records       NoisedBatch, GeneratorSignal, Loss, MicroBatchKey
+    shapes        Latents, PerSample, Text, for annotations
     worlds        GaussianVelocity, a teacher whose scores are exact
     models        family_of; ModelFamily, Denoiser, and what a family is written with
     programs      load_recipe, distill, evaluate, generate, pretrain, sweep, and what they take

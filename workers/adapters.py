@@ -58,7 +58,7 @@ def add_adapters(network: Denoiser, lora: LoraSettings, seed: int, role: str) ->
         role: Name of the role, which has draws of its own.
 
     Raises:
-        ConfigError: A target is no projection of the layers.
+        ConfigError: A target is not a projection of the layers.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer

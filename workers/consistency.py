@@ -88,7 +88,7 @@ class ConsistencyLearner(LearningRole):
         Raises:
             StaleCallError: The two belong to different micro-batches, or to another iteration.
             NonFiniteError: A number that goes in or comes out is not finite; no gradient was
-                gathered from it.
+                accumulated from it.
         """
         self._optimizer.require_current(query.key.iteration, "learning consistency")
         if teacher.key != query.key:

@@ -92,7 +92,7 @@ class Discriminator(LearningRole):
         fake: FakePrediction,
         share: float,
     ) -> GeneratorSignal:
-        """Tells the teacher's step from the fake score's; gathers the heads' gradient.
+        """Tells the teacher's step from the fake score's; accumulates the heads' gradient.
 
         Args:
             query: What the generator made, noised.
@@ -132,7 +132,7 @@ class Discriminator(LearningRole):
     def compare_data(
         self, query: NoisedBatch, data: DataBatch, signal: GeneratorSignal, share: float
     ) -> GeneratorSignal:
-        """Tells data from samples, noised alike; gathers the heads' gradient.
+        """Tells data from samples, noised alike; accumulates the heads' gradient.
 
         Args:
             query: What the generator made, noised.

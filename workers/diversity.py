@@ -61,7 +61,7 @@ class DiversityLearner(FlowLearner):
         Raises:
             StaleCallError: The two belong to different micro-batches, or to another iteration.
             NonFiniteError: A number that goes in or comes out is not finite; no gradient was
-                gathered from it.
+                accumulated from it.
         """
         self._optimizer.require_current(start.key.iteration, "learning diversity")
         if target.key != start.key:

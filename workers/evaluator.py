@@ -36,7 +36,7 @@ Video = Tensor
 """Clips (b, 3, t, h, w) in [0, 1], float32, on the CPU."""
 
 CHUNK_CLIPS = 16
-"""Clips that are sampled side by side, unless told otherwise."""
+"""Clips that are sampled in one batch by default."""
 
 TOKENS_SIDE_BY_SIDE = 2**15
 """Most tokens of these clips: more keep no GPU busier. 81 frames of 480x832 have 32,760."""
@@ -86,7 +86,7 @@ def sample_video(
         text: Embedding of each clip's caption.
         negative: Embedding that guidance leads away from; needed for a scale other than 1.
         num_steps: Euler steps.
-        guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is no guidance.
+        guidance_scale: s in `uncond + s * (cond - uncond)`; 1 means no guidance.
         on_step: Called with the number of steps done, after each.
 
     Returns:
@@ -176,7 +176,7 @@ class Evaluator:
             first_index: Index of the first caption in the whole set; counts the noise.
             seed: Seed of the initial noise.
             num_steps: Euler steps.
-            guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is no guidance.
+            guidance_scale: s in `uncond + s * (cond - uncond)`; 1 means no guidance.
             weights: Parameters by name, or adapters, to use instead of the base model's.
             on_progress: Called after every step of every chunk with (steps done, steps in all).
 

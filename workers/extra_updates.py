@@ -90,7 +90,7 @@ class ExtraUpdates(LearningRole):
         return TrackReport(metrics={HELD: loss.item()})
 
     def extra_step(self, rate: float) -> None:
-        """Updates the weights with what `extra_track` has gathered.
+        """Updates the weights with the gradient that `extra_track` has accumulated.
 
         Args:
             rate: Multiple of the present learning rate.

@@ -117,7 +117,7 @@ class FakeScoreTracker(ExtraUpdates):
     def signal(
         self, query: NoisedBatch, teacher: TeacherPrediction, share: float
     ) -> GeneratorSignal:
-        """Gradient of the generator's loss at the samples; parameters gather nothing.
+        """Gradient of the generator's loss at the samples; parameters accumulate nothing.
 
         Args:
             query: What the generator made, noised.
@@ -256,7 +256,7 @@ class FakeScoreTracker(ExtraUpdates):
         Raises:
             StaleCallError: The query is of another iteration, or its forward pass is not kept.
             NonFiniteError: A number that goes in or comes out is not finite; no gradient was
-                gathered from it.
+                accumulated from it.
         """
         self._optimizer.require_current(query.key.iteration, "tracking a micro-batch")
         self._restarts.before(query.key.iteration)
@@ -276,7 +276,7 @@ class FakeScoreTracker(ExtraUpdates):
         return TrackReport(metrics=metrics)
 
     def gradient_report(self, iteration: int) -> GradientReport:
-        """Norm of the gathered gradient; updates nothing.
+        """Norm of the accumulated gradient; updates nothing.
 
         Raises:
             StaleCallError: A forward pass still waits for tracking, or another iteration is under

@@ -1,6 +1,6 @@
 """Weights of several ranks in a backward pass that is made layer by layer: gathered once a layer.
 
-    forward    a layer's parts are gathered, used, and let go again            as in any pass
+    forward    a layer's parts are gathered, used, and freed again            as in any pass
     backward   gathered once more, kept for the recomputed layer and all that is pulled back through
                it; meanwhile the next layer's are on their way; then its gradients are summed
 
@@ -34,7 +34,7 @@ class GatheredWalk:
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
-        """Keeps what is gathered until it is let go; outside, FSDP has its usual order again."""
+        """Keeps what is gathered until it is freed; outside, FSDP has its usual order again."""
         network = self._network
         if not isinstance(network, FSDPModule):
             yield

@@ -1,14 +1,14 @@
 """The network that learns to sample in a few steps.
 
     rollout(key, text)       x0 and its score query; the graph behind x0 stays here, under the key
-    learn(signal)            x0.backward(grad_x0): parameters gather gradient, the graph is freed
+    learn(signal)            x0.backward(grad_x0): parameters accumulate, the graph is freed
     start, diversify         an extra loss on the first step, see `workers.diversity`
     noise_data, learn_consistency    a term on latents of the data, see `workers.consistency`
     learn_flow               another one, see `workers.inner_flow`
     gradient_report, step    one update of weights and averaged weights an iteration
 
-What it learns from its samples depends on it through x0 alone, so `grad_x0` is all that it has to
-be told.
+The loss on its samples depends on its weights through x0 alone, so `grad_x0` is all that it needs
+to receive.
 """
 
 from collections.abc import Iterable, Mapping
@@ -174,7 +174,7 @@ class GeneratorLearner(DiversityLearner):
 
         Raises:
             StaleCallError: The signal's rollout is not kept here, or was made by other weights.
-            NonFiniteError: The signal is not finite; no gradient was gathered from it.
+            NonFiniteError: The signal is not finite; no gradient was accumulated from it.
         """
         assert signal.teacher_cotangent is None, "the teacher has not added its part yet"
         assert signal.fake_cotangent is None, "the fake score has not added its part yet"
@@ -201,7 +201,7 @@ class GeneratorLearner(DiversityLearner):
         return LearnReport(metrics=dict(signal.metrics), exit_step=kept.exit_step)
 
     def gradient_report(self, iteration: int) -> GradientReport:
-        """Norm of the gathered gradient; updates nothing.
+        """Norm of the accumulated gradient; updates nothing.
 
         Raises:
             StaleCallError: A rollout still waits for its signal, or another iteration is under way.
@@ -405,7 +405,7 @@ class GeneratorLearner(DiversityLearner):
         return replace(query, x0=self._checked(x0, "rolling out", key, numbers, 0))
 
     def _anchored(self, query: NoisedBatch, left: RolloutExit) -> NoisedBatch:
-        """The query from the last state of a phase, where that is no clean one."""
+        """The query from the last state of a phase, where that is not a clean one."""
         phase = self.phase(query.key.iteration)
         if phase is None or not phase.anchored:
             return query

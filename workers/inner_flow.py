@@ -37,7 +37,7 @@ class FlowLearner(ConsistencyLearner):
     def learn_flow(
         self, key: MicroBatchKey, text: TextBatch, data: DataBatch, negative: Text, share: float
     ) -> FlowReport:
-        """Adds the gradient of the term to what is gathered.
+        """Accumulates the gradient of the term.
 
         Args:
             key: The micro-batch.
@@ -49,7 +49,7 @@ class FlowLearner(ConsistencyLearner):
         Raises:
             StaleCallError: The key belongs to another iteration.
             NonFiniteError: A number that goes in or comes out is not finite; no gradient was
-                gathered from it.
+                accumulated from it.
         """
         term, network = self._flow, self._network
         assert term is not None, "this objective has no MeanFlow term"

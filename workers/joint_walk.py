@@ -8,7 +8,7 @@
 
 A layer runs without a graph in the forward pass and is recomputed with one in the backward pass,
 for both cotangents. The generator's is only ever asked for at an input, so nothing of it reaches a
-parameter. What all layers share (embeddings of captions and of noise levels) gathers tracking's
+parameter. What all layers share (embeddings of captions and of noise levels) accumulates tracking's
 gradients from layer to layer in the order in which autograd would, so the sums have the bits of two
 backward passes through one graph.
 """
@@ -171,7 +171,7 @@ class JointWalk:
         ]
 
     def back(self, generator: Scalar, tracking: Scalar) -> Latents:
-        """Runs the backward pass, and gathers the gradient of tracking's loss in the parameters.
+        """Runs the backward pass; accumulates the gradient of tracking's loss in the parameters.
 
         Args:
             generator: The generator's loss of `velocity`.

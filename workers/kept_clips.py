@@ -202,38 +202,38 @@ class KeptClips:
         """
         name = f"{set_name(self.digest, request, self.facts)}.npz"
         deadline_s = time.monotonic() + _GIVE_UP_S
-        told = _Warnings()
-        while (kept := self._load(name, told)) is None:
+        warnings = _Warnings()
+        while (kept := self._load(name, warnings)) is None:
             with ExitStack() as stack:
-                if self._is_mine(name, stack, told, deadline_s):
-                    # Another process may have brought them just before it let go.
-                    kept = self._load(name, told)
+                if self._is_mine(name, stack, warnings, deadline_s):
+                    # Another process may have brought them just before it released the lease.
+                    kept = self._load(name, warnings)
                     return kept if kept is not None else self._make(name, sample(request))
             time.sleep(_AGAIN_S)
         return kept
 
-    def _is_mine(self, name: str, stack: ExitStack, told: _Warnings, deadline_s: float) -> bool:
+    def _is_mine(self, name: str, stack: ExitStack, warnings: _Warnings, deadline_s: float) -> bool:
         """Returns True if nobody else samples a set, nobody can say, or it takes too long."""
         lease = hold_if_free(f"{self.folder}/{name}.lease", "sampling a teacher's clips")
         try:
             holder = stack.enter_context(lease)
         except SgmdError as error:
-            told.warn("other processes may sample the same clips", error)
+            warnings.warn("other processes may sample the same clips", error)
             return True
         if holder and time.monotonic() < deadline_s:
-            told.warn("the clips that another process samples are waited for", holder)
+            warnings.warn("the clips that another process samples are waited for", holder)
             return False
         if holder:
-            told.warn("the clips that another process samples are waited for no longer", holder)
+            warnings.warn("the clips that another process samples are waited for no longer", holder)
         return True
 
-    def _load(self, name: str, told: _Warnings) -> ClipSet | None:
+    def _load(self, name: str, warnings: _Warnings) -> ClipSet | None:
         place = f"{self.folder}/{name}"
         try:
             with storage_errors(f"reading {place}"):
-                return load_clip_set(place, partial(told.warn, "kept clips are of no use"))
+                return load_clip_set(place, partial(warnings.warn, "kept clips are of no use"))
         except SgmdError as error:
-            told.warn("the clips are sampled again", error)
+            warnings.warn("the clips are sampled again", error)
             return None
 
     def _make(self, name: str, clips: ClipSet) -> ClipSet:

@@ -132,17 +132,17 @@ class RoleOptimizer:
             )
 
     def gradient_report(self, iteration: int) -> GradientReport:
-        """Norm of the gathered gradient before clipping; updates nothing.
+        """Norm of the accumulated gradient before clipping; updates nothing.
 
         Raises:
-            StaleCallError: Another iteration is under way, or nothing was gathered.
+            StaleCallError: Another iteration is under way, or nothing was accumulated.
         """
         self.require_current(iteration, "asking for the gradient norm")
         gradients = [value.grad for value in self.parameters if value.grad is not None]
         if not gradients:
             raise StaleCallError(
                 f"asking for the gradient norm of iteration {iteration}",
-                f"the {self._role} has gathered no gradient",
+                f"the {self._role} has accumulated no gradient",
                 "at least one micro-batch learned since the last update",
             )
         self._norm = nn.utils.get_total_norm(gradients)
@@ -195,7 +195,7 @@ class RoleOptimizer:
         return self._updates
 
     def extra_step(self, rate: float) -> None:
-        """Makes an update that is not counted, with whatever gradient was gathered.
+        """Makes an update that is not counted, with whatever gradient was accumulated.
 
         It is for updates that `restore` takes back: nothing is checked, and a gradient that is not
         finite breaks the weights until then.
@@ -223,7 +223,7 @@ class RoleOptimizer:
         self.discard()
 
     def _block_norms(self) -> dict[str, float]:
-        """Norm of the gathered gradient of each layer, and of all that lies outside of layers."""
+        """Norm of the accumulated gradient of each layer, and of all outside of layers."""
         gradients: dict[str, list[Tensor]] = {}
         for name, value in self._parameters.items():
             if value.grad is not None:
@@ -235,7 +235,7 @@ class RoleOptimizer:
         }
 
     def discard(self) -> None:
-        """Forgets the gradients that were gathered."""
+        """Drops the accumulated gradients."""
         self._adamw.zero_grad(set_to_none=True)
         self._norm = None
 

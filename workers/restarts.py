@@ -1,11 +1,11 @@
-"""Restarts of the fake score: before some phases of a method it begins anew."""
+"""Restarts of the fake score: before some phases of a method it begins again."""
 
 from sgmd_core.objectives import Objective, restarts_of
 from workers.optimizer import RoleOptimizer
 
 
 class Restarts:
-    """Brings the weights that the role was built with back, before each phase that begins anew.
+    """Brings the weights that the role was built with back, before each phase that begins again.
 
     Args:
         optimizer: Whose weights they are; nothing has been loaded into it yet.
@@ -19,7 +19,7 @@ class Restarts:
         self._last: int | None = None
 
     def before(self, iteration: int) -> None:
-        """Goes back to the first weights, without moments, where an iteration begins anew."""
+        """Goes back to the first weights, without moments, where an iteration begins again."""
         if self._start is None or iteration not in self._iterations:
             return
         if self._last != iteration:
@@ -27,5 +27,5 @@ class Restarts:
             self._last = iteration
 
     def forget(self) -> None:
-        """Begins anew once more in the present iteration: another state has been loaded."""
+        """Begins again once more in the present iteration: another state has been loaded."""
         self._last = None

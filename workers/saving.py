@@ -167,11 +167,11 @@ class LearningRole(ABC):
         return self.finish_save(folder) or {}
 
     def gradient_report(self, iteration: int) -> GradientReport:
-        """Norm of the gathered gradient; updates nothing.
+        """Norm of the accumulated gradient; updates nothing.
 
         Raises:
             StaleCallError: A micro-batch is not finished, another iteration is under way, or
-                nothing was gathered.
+                nothing was accumulated.
         """
         return self._optimizer.gradient_report(iteration)
 

@@ -308,7 +308,7 @@ class TeacherSettings:
             self.guidance_scale >= 1,
             "teacher.guidance_scale",
             self.guidance_scale,
-            "at least 1 (1 is no guidance)",
+            "at least 1 (1 means no guidance)",
         )
 
 

@@ -1,7 +1,7 @@
 """One role on several ranks: FSDP2, applied from outside.
 
     every rank      the same network, of which it keeps 1/n of each parameter (a DTensor)
-    forward         a block's parameters are gathered, used, and let go again; in bfloat16 where the
+    forward         a block's parameters are gathered, used, and freed again; in bfloat16 where the
                     network computes in it, from parts in float32
     backward        gradients are *summed* over the ranks, and each rank keeps its 1/n of the sum
 

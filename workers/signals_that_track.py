@@ -1,4 +1,4 @@
-"""Signals of the fake score that gather tracking's gradient too, by one backward pass.
+"""Signals of the fake score that accumulate tracking's gradient too, by one backward pass.
 
     signal    one walk: the gradient at the samples, and the gradient in the parameters
     report    what the same micro-batch's tracking has found, asked for once
@@ -77,7 +77,7 @@ class SignalsThatTrack:
         """Both gradients by one backward pass: that at the samples, and that in the parameters.
 
         A gradient at the samples that is not finite, of losses that are, shows when the parameters
-        have gathered theirs: where this role raises, the micro-batch then waits for tracking that
+        have theirs: where this role raises, the micro-batch then waits for tracking that
         is refused, and the iteration can only be given up.
 
         Args:
@@ -92,7 +92,7 @@ class SignalsThatTrack:
         if leaf.key in self._walked:
             raise StaleCallError(
                 f"scoring {leaf.key}",
-                "the gradient of its tracking has been gathered already",
+                "the gradient of its tracking has been accumulated already",
                 "one signal of a micro-batch",
                 "Call track, or discard to give the iteration up",
             )
@@ -119,7 +119,7 @@ class SignalsThatTrack:
         )
 
     def report(self, query: NoisedBatch, share: float) -> TrackReport:
-        """The loss terms of a micro-batch whose gradient `signal` has gathered; waits no longer.
+        """The loss terms of a micro-batch whose gradient `signal` has accumulated; waits no longer.
 
         Args:
             query: Its query.

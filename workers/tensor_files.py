@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cluster.streams import write_stream
 
-# A file is mapped anew after as much of it has been read: what is mapped counts as memory.
+# A file is mapped again after as much of it has been read: what is mapped counts as memory.
 _MAPPED_BYTES = 2**25
 _ALIGNMENT = 8
 _NAMES = {
@@ -74,7 +74,7 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 class RowReader:
-    """Reads rows of a safetensors file, and maps it anew before it takes much memory.
+    """Reads rows of a safetensors file, and maps it again before it takes much memory.
 
     Args:
         file: A local file.

@@ -155,7 +155,7 @@ class ValidationEvaluator:
         return frechet_distance(*fit_gaussian(features), *fit_gaussian(self._reference.features))
 
     def _figures_of_sets(self, clips: ClipSet) -> dict[str, tuple[float, Influence | None]]:
-        """Figures that are no means over clips, with the influence of each clip."""
+        """Figures that are not means over clips, with the influence of each clip."""
         found = {
             "frechet": (
                 self._distance(clips.clips.features),

@@ -57,10 +57,10 @@ def write_docs(folder: Path, page: Path) -> None:
 def _words(name: str, document: dict[str, Any]) -> str:
     """Returns why a step did not end well, and its results so far."""
     try:
-        told = "; ".join(_SHORT[name](document.get("results", {})))
+        text = "; ".join(_SHORT[name](document.get("results", {})))
     except (KeyError, TypeError, ValueError) as error:
-        told = f"figures that cannot be read ({type(error).__name__}: {error})"
-    return ". ".join(filter(None, (document.get("why", ""), told)))
+        text = f"figures that cannot be read ({type(error).__name__}: {error})"
+    return ". ".join(filter(None, (document.get("why", ""), text)))
 
 
 def _documents(folder: Path) -> dict[str, dict[str, Any]]:
@@ -159,9 +159,9 @@ def overall_mfu(stages: dict[str, Any]) -> float | None:
 
 def _against_goal(stages: dict[str, Any]) -> str:
     found = overall_mfu(stages)
-    told = "not known: no rate of the card" if found is None else f"{found:.0%}"
+    text = "not known: no rate of the card" if found is None else f"{found:.0%}"
     verdict = "" if found is None else f", {'met' if found >= MFU_GOAL else 'not met'}"
-    return f"MFU of all stages {told} (goal {MFU_GOAL:.0%}{verdict})"
+    return f"MFU of all stages {text} (goal {MFU_GOAL:.0%}{verdict})"
 
 
 def _stages(found: dict[str, Any]) -> Iterator[str]:
@@ -191,10 +191,10 @@ def _iteration(found: dict[str, Any]) -> Iterator[str]:
 
 def _settings(found: dict[str, Any]) -> Iterator[str]:
     for name, row in found.get("settings", {}).items():
-        told = row.get("failed") or row.get("skipped")
-        if told is not None:
+        text = row.get("failed") or row.get("skipped")
+        if text is not None:
             kind = "failed" if "failed" in row else "skipped"
-            yield f"{name} {kind} ({told[:80]})"
+            yield f"{name} {kind} ({text[:80]})"
             continue
         ratio = row.get("over_plan")
         beside = "" if ratio is None else f", {row['peak_gb']:.1f} GB, {ratio:.2f} of planned"
@@ -210,9 +210,9 @@ def _setting_rows(found: dict[str, Any]) -> Iterator[str]:
     yield "| setting | s an iteration | peak GB | planned GB | of planned | within a tenth |"
     yield "|---|---|---|---|---|---|"
     for name, row in found["settings"].items():
-        told = row.get("failed") or row.get("skipped")
-        if told is not None:
-            yield f"| {name} | {' '.join(told.split()).replace('|', '/')[:120]} | | | | |"
+        text = row.get("failed") or row.get("skipped")
+        if text is not None:
+            yield f"| {name} | {' '.join(text.split()).replace('|', '/')[:120]} | | | | |"
             continue
         holds = {True: "yes", False: "no", None: ""}[row["holds"]]
         yield (

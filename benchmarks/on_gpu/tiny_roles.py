@@ -122,7 +122,7 @@ class Roles:
         return found | self.gradients()
 
     def roll_out(self, key: MicroBatchKey, part: tuple[int, ...], exit_step: int) -> NoisedBatch:
-        """Samples of the generator, with the draws of the key but for the exit step."""
+        """Samples of the generator, with the draws of the key except for the exit step."""
         drawn = draw(SEED, key, part, LATENT_SHAPE, FlowMatchSchedule(), NUM_STEPS)
         draws = replace(drawn, exit_step=exit_step)
         make = self.generator.sample if key.purpose is Purpose.TRACK else self.generator.rollout

@@ -201,7 +201,7 @@ def _host_share(context: Context, work: Path, plain_s: float) -> dict[str, Any]:
             return [stand.run(1).wall_s for _ in range(rounds)]
 
         with profile(activities=activities) as profiled:
-            # Operations of a CPU are no kernels, and listing them takes longer than making them.
+            # Operations of a CPU are not kernels, and listing them takes longer than making them.
             walls = measure() if on_card else []
         walls = walls or measure()
     # Annotations, such as an optimizer's, span kernels that are listed themselves.

@@ -9,7 +9,7 @@ A truth is the largest difference over the largest entry of what is expected, be
     methods       the signal of every objective
     update        AdamW and the averaged weights, from the same gradients
     shared        two backward passes over one graph = over two graphs, all on the device
-    accumulation  gradients gathered over two micro-batches = those of one batch
+    accumulation  gradients accumulated over two micro-batches = those of one batch
     checkpointing, compile    = without
     checkpoint    saved on the device, loaded on the CPU, and back: every bit
     models        text encoder and autoencoder

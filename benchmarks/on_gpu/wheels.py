@@ -8,7 +8,7 @@
 that a machine without network can tell which of its own packages will do. Only what is missing or
 too old is fetched, at the version of `constraints.txt`. torch and what comes with it stays.
 
-    python benchmarks/on_gpu/wheels.py        writes wheels.json anew, from a set-up .venv
+    python benchmarks/on_gpu/wheels.py        rewrites wheels.json, from a set-up .venv
 """
 
 import importlib.metadata
@@ -43,7 +43,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "tests": ("pytest", "pytest-timeout", "beartype"),
     "ray": ("ray",),
 }
-"""What steps need, as dependencies of pyproject.toml; see `gpu_check.STEPS`."""
+"""Packages that steps need, as dependencies of pyproject.toml; see `gpu_check.STEPS`."""
 
 _EXTRAS = {"ray": "ray[data]"}
 _STAYS = ("torch", "triton", "nvidia-", "cuda-")

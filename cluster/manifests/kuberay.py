@@ -28,7 +28,7 @@ _JOB_WORDS = """\
 {made_by}
 KubeRay 1.6 or newer; for GPUs NVIDIA's device plugin. Before it:
 {keys}Then: kubectl apply -f THIS; kubectl logs -f job/{name}
-The cluster ends with the run. A run that fails starts anew, {retries} times, and resumes."""
+The cluster ends with the run. A run that fails starts again, {retries} times, and resumes."""
 
 _CLUSTER_WORDS = """\
 {made_by}

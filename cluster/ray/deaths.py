@@ -237,7 +237,7 @@ def cause_of(
     if found := _EXIT_CODE.search(words):
         return f"it ended itself with exit code {found.group(1)}{doing}"
     if more_kills > 0:
-        return f"the system ended it for want of main memory{doing}{size}"
+        return f"the system ended it because main memory ran out{doing}{size}"
     if _WITHOUT_A_WORD in words:
         return f"it ended without a word, as after SIGKILL{doing}{size}"
     return f"Ray does not say how{doing}"

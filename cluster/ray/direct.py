@@ -4,7 +4,7 @@
     direct          the reference carries a description; the receiver fetches the tensors from where
                     they are, GPU to GPU
 
-A group is told by which transport the results of which methods go. With NIXL every receiver reads
+A group knows by which transport the results of each method go. With NIXL every receiver reads
 for itself and no communicator is needed; that is the one to use. All of it is alpha in Ray, hence
 off by default. Ray's limits: tensors of one result lie on one kind of device and are contiguous,
 one result a call, and references go as arguments of their own.

@@ -5,7 +5,7 @@ anything is imported:
 
     fork_client.py SOCKET SCRIPT ARGUMENTS...
 
-What is no plain worker, or comes when the server is gone or stopped (SIGSTOP), is started by the
+What is not a plain worker, or comes when the server is gone or stopped (SIGSTOP), is started by the
 interpreter itself.
 Either way a process ends with its parent: Ray's agents notice the end of their raylet, but try for
 a minute to report it to a control service that is gone as well.
@@ -49,7 +49,7 @@ def end_with_parent_at_once() -> None:
 
 
 def _variables(command: list[str]) -> dict[str, str] | None:
-    """Returns the variables of the worker's runtime environment; None where it is no plain worker.
+    """Returns the variables of a worker's runtime environment; None if it is not a plain worker.
 
     With a runtime environment Ray puts a script before the worker's own. The environment may name
     an interpreter or a container.

@@ -162,7 +162,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         """Builds the workers of these ranks in their new processes; `wait_ready` waits for them.
 
         Args:
-            ranks: Ranks whose processes have been started anew.
+            ranks: Ranks whose processes have been started again.
             args: New arguments of the factory; None: as before.
         """
         self._args = self._args if args is None else args
@@ -437,7 +437,7 @@ def _as_future(future: Future[R], phase: str) -> RayFuture[R]:
     if not isinstance(future, RayFuture):
         raise ClusterError(
             phase,
-            f"a result of group {future.group}, which is no Ray group",
+            f"a result of group {future.group}, which is not a Ray group",
             "results of Ray groups",
             "Fetch it through its own group",
         )

@@ -350,12 +350,12 @@ class Host:
     def _portable(self, error: Exception, worker: str, method: str) -> Exception:
         """The error with a note of where, or its words if it cannot be rebuilt elsewhere."""
         where = f"{method}() of {worker} rank {self._rank_of(worker)}"
-        told = "".join(traceback.format_exception(error))
-        error.add_note(f"raised in {where}:\n{told}")
+        trace = "".join(traceback.format_exception(error))
+        error.add_note(f"raised in {where}:\n{trace}")
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
-            return RemoteCallError(f"running {where}", f"{type(error).__name__}: {error}\n{told}")
+            return RemoteCallError(f"running {where}", f"{type(error).__name__}: {error}\n{trace}")
         return error
 
 

@@ -66,7 +66,7 @@ class Hosts:
         size = placement.pool(pool).num_ranks
         self.actors: list[Any] = [None] * size
         self.places: list[Any] = [None] * size
-        """Where each process is, once it is there."""
+        """Place of each process, once it runs."""
         self.dropped: list[deque[int]] = [deque() for _ in range(size)]
         self._number = 0
         self._actor_ids: list[str] = []

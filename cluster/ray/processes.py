@@ -55,7 +55,7 @@ class ProcessLook:
         state: One letter, as /proc has it; empty where the process is gone.
         is_busy: Whether it uses a processor.
         last_lines: The end of its log, secrets blotted out.
-        oom_kills: Processes that the system of its machine has ended for want of memory.
+        oom_kills: Processes that the system of its machine has ended because memory ran out.
     """
 
     state: str
@@ -65,7 +65,7 @@ class ProcessLook:
 
     @property
     def is_gone(self) -> bool:
-        """True if the process has ended, although its parent may not have been told."""
+        """True if the process has ended, although its parent may not have noticed."""
         return self.state in ("", "Z", "X")
 
 

@@ -53,11 +53,11 @@ class ProgressReport:
         born: Start time of the process in clock ticks, which tells it from a later one of its pid.
         node: Ray's id of its machine.
         address: Address of its machine.
-        log: File that its standard error goes to; empty where it is no file.
+        log: File that its standard error goes to; empty where it is not a file.
         stacks: File that `STACK_SIGNAL` writes to; empty where there is none.
         raylet: Process id of its raylet.
         raylet_state: State of that process, as /proc has it; T is stopped, empty is gone.
-        oom_kills: Processes that the system has ended for want of memory, since its start.
+        oom_kills: Processes that the system has ended because memory ran out, since its start.
         rss_bytes: Main memory of the process.
         workers: Rank by group of each worker in it.
         group: Group of the call that it is in; empty between calls.

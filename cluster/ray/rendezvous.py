@@ -3,7 +3,7 @@
     rank 0   opens a store on a free port and *keeps* it     -> Rendezvous(host, port)
     rank i   joins it; then torch.distributed's default group is the worker group
 
-No port is looked for, let go and opened again, so no other process can take it in between. The
+No port is looked for, closed and opened again, so no other process can take it in between. The
 store has no lock of its own: it listens on the loopback interface where all ranks are on one
 machine, and otherwise on the one interface that Ray uses between the machines, never on all of
 them.

@@ -2,7 +2,7 @@
 
     lost processes    those that are gone, and those that run collectives with them
     end, restart      new processes in the same bundles; Ray moves a bundle whose machine is gone
-    rebuild           every group builds its workers there anew; the caller gives them their state
+    rebuild           every group builds its workers there again; the caller gives them their state
 
 A rank of a collective cannot come back alone: the others hold its connections. So a world is
 replaced whole. Processes that are alive keep their workers, their networks included.
@@ -32,7 +32,7 @@ def replace_lost(
     unbuilt: AbstractSet[Process] = frozenset(),
     beside: Collection[RayWorkerGroup[Any]] = (),
 ) -> set[Process]:
-    """Ends what is left of worlds that have lost a process, and starts them anew.
+    """Ends what is left of worlds that have lost a process, and starts them again.
 
     Waits until every other process has worked through the calls that it was given: they may fail,
     as they wait for results that are lost.

@@ -123,7 +123,7 @@ class RoleService:
         name: Borrowers find it by this name.
         pools: One a role; each bundle is one copy.
         timeout_s: How long to wait for the resources.
-        tell: Called with one sentence when a process was lost and started anew.
+        tell: Called with one sentence when a process was lost and started again.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class RoleService:
         self._stack.close()
 
     def _replace_lost(self, over: threading.Event) -> None:
-        """Starts anew what does not answer any more."""
+        """Restarts the processes that no longer answer."""
         places = [(hosts, rank) for hosts in self.hosts.values() for rank in range(hosts.size)]
         asked = {self._ask(hosts, rank): (hosts, rank) for hosts, rank in places}
         lost: dict[tuple[Hosts, int], str] = {}
@@ -177,11 +177,11 @@ class RoleService:
                 try:
                     hosts.restart([rank])
                 except (RayError, ValueError) as error:
-                    _log.warning("starting %s %d anew: %s", hosts.pool, rank, error)
+                    _log.warning("starting %s %d again: %s", hosts.pool, rank, error)
                     continue
                 del lost[hosts, rank]
                 asked[self._ask(hosts, rank)] = (hosts, rank)
-                self._tell(f"the shared {hosts.pool} {rank} was lost ({why}), and started anew")
+                self._tell(f"the shared {hosts.pool} {rank} was lost ({why}), and started again")
 
     @staticmethod
     def _ask(hosts: Hosts, rank: int) -> Any:  # noqa: ANN401 - Ray's reference

@@ -118,7 +118,7 @@ class _Watch:
         self._received: dict[str, tuple[ProgressReport, float]] = {}
         self._ended: set[str] = set()
         self._broken: set[str] = set()
-        """What names partners of which one has been ended."""
+        """Groups of partners, one of which has been ended."""
         self._deaf: set[str] = set()
         """Machines that have not answered in this round; each look waits long for them."""
         self._raylets = StoppedRaylets()

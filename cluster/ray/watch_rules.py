@@ -125,7 +125,7 @@ def has_gone_on(one: WatchedProcess, newest: ProgressReport | None, limits: Watc
         return True
     if one.silent_s > limits.watch_s:
         return newest.count != one.report.count
-    # Of another call, or of none, the seconds would have begun anew.
+    # With another call, or none, the seconds would have begun again.
     return newest.seconds < one.report.seconds
 
 

@@ -132,7 +132,7 @@ class PatientS3FileSystem(S3FileSystem):
             raise answer
         if not _OF_LISTINGS & set(answer):
             # As of a portal that asks for a login: the SDK reads an empty folder out of it.
-            raise ConnectionError(f"what answers for {place} is no S3 server: it lists nothing")
+            raise ConnectionError(f"what answers for {place} is not an S3 server: it lists nothing")
         return answer
 
     # The one of s3fs is bound to its own method.

@@ -15,7 +15,7 @@ class S3Settings:
     Attributes:
         checksums: `when_required` for servers that do not know the checksums which newer clients
             send and ask for; null leaves it to the AWS variables and the SDK (`when_supported`).
-        addressing: Whether the bucket stands in the path or in the host name; `auto` suits AWS and
+        addressing: Place of the bucket, in the path or in the host name; `auto` suits AWS and
             servers that are named by their IP address.
         connect_timeout_s: How long opening a connection may take.
         read_timeout_s: How long the server may stay silent in the middle of an answer.

@@ -10,7 +10,7 @@ several pools is given work where the least is left to do; single changes of tha
 tried. The result is the shortest of what was tried: a pure function of the program, the teams and
 the seconds, so that a run can fix it before it starts.
 
-Order and copies change no number: gradients are gathered in one order, copies have equal weights,
+Order and copies change no number: gradients are added up in one order, copies have equal weights,
 and a copy takes a micro-batch whole.
 """
 
@@ -122,7 +122,7 @@ class _Graph:
         self.opener = next((at for at, user in enumerate(self.user) if user != at), None)
         self.num_opening = len(opening) if self.opener is not None else 0
         self.nodes = [(at, i) for i in range(num_micro_batches) for at in range(len(self.stages))]
-        self._gathering = self._gather_chains()
+        self._accumulating = self._accumulation_order()
 
     def before(self, node: Node, replica_of: Callable[[Node], int]) -> Iterator[Node]:
         """Nodes that must have ended before a node starts."""
@@ -130,8 +130,8 @@ class _Graph:
         yield from ((taken, index) for taken in self.takes[at])
         if at in self.tied:
             yield self.tied[at], index
-        if node in self._gathering:
-            yield self._gathering[node]
+        if node in self._accumulating:
+            yield self._accumulating[node]
         elif previous := self._previous(node, 1, replica_of):
             yield previous
         if at < self.num_opening and self.opener is not None and index >= self.depth:
@@ -150,14 +150,14 @@ class _Graph:
                 return at, earlier
         return None
 
-    def _gather_chains(self) -> dict[Node, Node]:
-        """By gathering node, the one of its role that gathers before it: one order for all."""
+    def _accumulation_order(self) -> dict[Node, Node]:
+        """By accumulating node, the one before it of its role: one order for all."""
         chains: dict[Node, Node] = {}
-        for role in {stage.role for stage in self.stages if stage.gathers}:
+        for role in {stage.role for stage in self.stages if stage.accumulates}:
             chain = [
                 (at, index)
                 for at, index in self.nodes
-                if self.stages[at].gathers and self.stages[at].role == role
+                if self.stages[at].accumulates and self.stages[at].role == role
             ]
             chains |= {after: before for before, after in pairwise(chain)}
         return chains

@@ -27,8 +27,8 @@ class Stage:
         role: Who does it.
         takes: Earlier stages of the pass whose results it is handed.
         keeps_until: Later stage of the same role that uses up what this one keeps in memory.
-        gathers: Whether it adds to what an update of the role uses. Such stages of one role are
-            interleaved in one way, whatever the depth.
+        accumulates: Adds to the gradient that the role's next update uses. Such stages of one role
+            are interleaved in one way, whatever the depth.
         fed: Whether it also takes something from outside of the program, such as captions, which
             may arrive later than the results of other stages.
     """
@@ -37,7 +37,7 @@ class Stage:
     role: str
     takes: tuple[str, ...] = ()
     keeps_until: str | None = None
-    gathers: bool = False
+    accumulates: bool = False
     fed: bool = False
 
 
@@ -358,11 +358,13 @@ def _lags(a_pass: Pass, cycles: Mapping[str, int], most: int) -> dict[str, int]:
             )
             lag = max((lags[other.name] for other in [*taken, *used_up]), default=0)
             lag += cycles.get(stage.role, 1) if asked_again else 0
-            lags[stage.name] = min(max(lag, least.get(stage.role, 0) * stage.gathers), most)
-        # What a role gathers is gathered in one order: its gathering stages stay together.
+            lags[stage.name] = min(max(lag, least.get(stage.role, 0) * stage.accumulates), most)
+        # Gradients are accumulated in one order: the accumulating stages stay together.
         least = {
-            role: max(lags[stage.name] for stage in stages if stage.gathers and stage.role == role)
-            for role in {stage.role for stage in stages if stage.gathers}
+            role: max(
+                lags[stage.name] for stage in stages if stage.accumulates and stage.role == role
+            )
+            for role in {stage.role for stage in stages if stage.accumulates}
         }
     return lags
 

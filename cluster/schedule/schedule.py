@@ -10,7 +10,7 @@ makes. Each process works through its calls in the order in which they were made
 the schedule. It keeps four promises:
 
 * A call comes after the calls whose results it takes.
-* A role gathers gradients in one order, micro-batch after micro-batch, whatever the depth and the
+* A role adds up gradients in one order, micro-batch after micro-batch, whatever the depth and the
   teams are: depth and replicas do not change a bit of a run's numbers.
 * What a stage keeps in memory for a later one (a graph) is kept for `depth` micro-batches at most.
 * The samples of a micro-batch are shared out as evenly as they divide: over the ranks of one
@@ -42,8 +42,8 @@ from cluster.schedule.program import (
     share_in_replica,
 )
 
-GATHER = "gradient_report"
-"""Stage of an update that tells whether what a role gathered is sound; changes nothing."""
+REPORT = "gradient_report"
+"""Stage of an update that reports whether a role's gradient is finite; changes nothing."""
 STEP = "step"
 """Stage of an update that changes the role's weights."""
 
@@ -227,13 +227,13 @@ class _Builder:
         *,
         together: bool,
     ) -> None:
-        gathered = {role: self._ask_role(iteration, phase, role, GATHER) for role in update.roles}
+        reported = {role: self._ask_role(iteration, phase, role, REPORT) for role in update.roles}
         groups = [update.roles] if together else [(role,) for role in update.roles]
         left = set(update.roles)
         for group in groups:
             if coming is not None:
                 self._ask_ahead(*coming, left)
-            self._waits += tuple(place for role in group for place in gathered[role])
+            self._waits += tuple(place for role in group for place in reported[role])
             for role in group:
                 self._ask_role(iteration, phase, role, STEP)
             left -= set(group)
@@ -244,12 +244,12 @@ class _Builder:
         if not isinstance(part, Pass):
             return
         free: set[str] = set()
-        # A role that cannot gather from one stage yet must not gather from a later one before.
+        # A role that cannot accumulate from one stage yet must not do so from a later one.
         waiting: set[str] = set()
         for stage in part.stages:
             if stage.role in updated or not free.issuperset(stage.takes):
-                waiting |= {stage.role} if stage.gathers else set()
-            elif not (stage.gathers and stage.role in waiting):
+                waiting |= {stage.role} if stage.accumulates else set()
+            elif not (stage.accumulates and stage.role in waiting):
                 free.add(stage.name)
         ahead = num_ahead(part, self._num_micro_batches, self._depth)
         for stage, index, replica in self._orders[phase]:

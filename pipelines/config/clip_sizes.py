@@ -82,7 +82,7 @@ def compiled_sizes(config: "DistillConfig") -> Iterator[str]:
     compiled = [role for role, compute in config.computes.items() if compute.compile]
     if len(config.video.trained) > 1 and compiled:
         yield (
-            f"compute.compile of {', '.join(compiled)}: layers are compiled anew for the next "
+            f"compute.compile of {', '.join(compiled)}: layers are compiled again for the next "
             "sizes of video.buckets, until one code serves them all; which code an iteration runs "
             "depends on those before it, so a resumed run may round otherwise"
         )

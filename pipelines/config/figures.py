@@ -40,4 +40,4 @@ def known_figure(known: Sequence[str], of: str, name: str) -> str:
         return name
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; the nearest one is {close[0]}" if close else f": {', '.join(known)}"
-    raise ValueError(f"{name!r} is no figure of a {of}{hint}")
+    raise ValueError(f"{name!r} is not a figure of a {of}{hint}")

@@ -70,7 +70,7 @@ def load_method(point: EntryPoint) -> type[Objective]:
     """Loads an objective of another package.
 
     Raises:
-        ConfigError: It cannot be imported, is no dataclass with what `Objective` asks for, or
+        ConfigError: It cannot be imported, is not a dataclass with what `Objective` asks for, or
             takes the name of a method that there is.
     """
     attempted = f"loading the method {point.name} ({point.value}, entry point of {ENTRY_POINTS})"

@@ -5,7 +5,7 @@
 The same text means the same on the command line, in a sweep and in a submitted job.
 
 A section that names a `method` has the settings of that method. Choosing another one therefore
-starts the section anew; settings given beside it are those of the new method, in whatever order.
+starts the section again; settings given beside it are those of the new method, in whatever order.
 """
 
 import difflib

@@ -110,7 +110,7 @@ class TrackerSettings(Section):
 
 
 class DistillConfig(Section):
-    """A whole distillation: the sections of one recipe."""
+    """All settings of a distillation, as a recipe has them; made by `load_recipe`, frozen."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Name of the run and of its folder."""
@@ -311,7 +311,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
 
     Args:
         name_or_path: Name of a recipe that ships, or path of a YAML file.
-        overrides: `a.b=c`, later ones last.
+        overrides: Changed settings, for example `["objective.lambda_nr=0.05"]`; the last one of
+            a key counts.
+
+    Returns:
+        The checked settings, for `distill`.
 
     Raises:
         ConfigError: The file, a key, a value or a combination is wrong; one error names all.
@@ -327,7 +331,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         f"checking the sweep of {name_or_path}",
     )
     given = [text.partition("=")[0].strip() for text in overrides]
-    told = (
+    sentences = (
         *unread_settings(config, given),
         *clipped_sums(config),
         *compiled_sizes(config),
@@ -339,7 +343,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         *cautions_of(config.objective, config.schedule),
         *split_factors(config.teacher, config.teams[TEACHER]),
     )
-    for sentence in told:
+    for sentence in sentences:
         _log.warning("%s", sentence)
     return config
 
@@ -350,7 +354,7 @@ def check_sweep(config: DistillConfig, keys: Iterable[str], attempted: str) -> N
     A key with a condition is checked where it holds. `pipelines.sweeping.checks` has combinations.
 
     Raises:
-        ConfigError: A key is no setting of this recipe, or a value does not fit it.
+        ConfigError: A key is not a setting of this recipe, or a value does not fit it.
     """
     trial = _changed(config, config.sweep.settings, attempted)
     dimensions = config.sweep.dimensions

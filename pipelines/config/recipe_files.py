@@ -127,14 +127,14 @@ def find_recipe(name_or_path: str, named_by: Path | None = None) -> Path:
 
 
 def recipe_text(path: Path) -> str:
-    """Text of a recipe, but for what is more than is read of any.
+    """Text of a recipe, except for what is more than is read of any.
 
     Args:
         path: As `find_recipe` returns it.
 
     Raises:
         OSError: It cannot be read.
-        UnicodeDecodeError: It is no UTF-8 text.
+        UnicodeDecodeError: It is not UTF-8 text.
         StorageError: The store of its address fails.
     """
     address = store_address(path)
@@ -183,8 +183,8 @@ def names_base(path: Path) -> bool:
 def recipe_sections(path: Path, kind: type, depth: int = 0) -> Mapping[str, Any]:
     """Returns the content of a recipe, laid over that of its `base`, unchecked.
 
-    A section of the recipe changes the settings that it names and leaves those of the base, but for
-    another `method`, which starts its section anew. Tables with names of their own, such as
+    A section of the recipe changes the settings that it names and leaves the others of the base.
+    Another `method` starts its section again. Tables with names of their own, such as
     `study.variants`, take the base's place.
 
     Args:
@@ -193,7 +193,7 @@ def recipe_sections(path: Path, kind: type, depth: int = 0) -> Mapping[str, Any]
         depth: Recipes that have named this one as their base.
 
     Raises:
-        ConfigError: A file cannot be read, is no YAML or no section, or a base is not a recipe.
+        ConfigError: A file cannot be read, is not YAML or not a section, or a base is not a recipe.
     """
     attempted = f"reading the recipe {store_address(path) or path}"
     settings = dict(_sections(path, attempted))
@@ -219,7 +219,7 @@ def recipe_sections(path: Path, kind: type, depth: int = 0) -> Mapping[str, Any]
 def _changes(
     settings: Mapping[str, Any], sections: Collection[str], above: tuple[str, ...]
 ) -> Iterator[Override]:
-    """The settings one by one, with whole tables that are no sections."""
+    """The settings one by one, with whole tables that are not sections."""
     for name, value in settings.items():
         key = (*above, str(name))
         if isinstance(value, Mapping) and ".".join(key) in sections:
@@ -232,7 +232,7 @@ def _sections(path: Path, attempted: str) -> Mapping[str, Any]:
     """Returns the content of the file, unchecked.
 
     Raises:
-        ConfigError: It cannot be read, is no YAML, or no section.
+        ConfigError: It cannot be read, is not YAML, or not a section.
     """
     try:
         settings = read_yaml(recipe_text(path))

@@ -92,7 +92,7 @@ def _users_in_addresses(settings: Any, key: str = "") -> Iterator[str]:  # noqa:
     elif isinstance(settings, str) and has_user(settings):
         yield (
             f"{key} is {shortened(without_secrets(settings))}, an address with a user or a key in "
-            "it: settings are no place for secrets, which come from the environment "
+            "it: settings are not the place for secrets, which come from the environment "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
         )
 

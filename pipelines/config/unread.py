@@ -67,7 +67,7 @@ _SWITCHES = (
 
 
 def _value(config: Any, key: str) -> Any:  # noqa: ANN401
-    """Value of a dotted key; of one below a value that is no section, that value."""
+    """Value of a dotted key; of one below a value that is not a section, that value."""
     return reduce(lambda section, name: getattr(section, name, section), key.split("."), config)
 
 
@@ -139,6 +139,6 @@ def _other_runs(config: Any, keys: Sequence[str]) -> Iterator[Any]:  # noqa: ANN
         {**every, **sweep.settings},
         *({**study.settings, **variant} for variant in study.variants.values()),
     ):
-        # One that is no run is refused where it is run.
+        # One that is not a run is refused where it is run.
         with suppress(ConfigError):
             yield config.with_settings(settings)

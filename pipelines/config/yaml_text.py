@@ -49,7 +49,7 @@ def read_yaml(text: str) -> Any:  # noqa: ANN401  (whatever the text holds)
     """Reads YAML text by the core schema of YAML 1.2.
 
     Raises:
-        yaml.YAMLError: The text is no YAML, is too large or too deep, has a key that is not text or
+        yaml.YAMLError: The text is not YAML, is too large or deep, has a key that is not text or
             is given twice, or a tag that the core schema lacks.
     """
     if len(text) > MAX_CHARACTERS:

@@ -128,7 +128,7 @@ def _audit(folder: RunFolder, train: str | None) -> Audit:
 
 
 def _named(folder: RunFolder, made: Made) -> str:
-    """Maker of data that were taken on their word; empty where weights told, or nothing."""
+    """Maker that data name themselves; empty where weights confirm it, or none is named."""
     try:
         began = read_json(str(folder.identity))
     except StorageError:

@@ -99,7 +99,7 @@ def ensure_branch(
 ) -> None:
     """Makes a branch that is not there yet, or of which only a part is.
 
-    The state is copied last. Without it a branch that was interrupted on the way would begin anew
+    The state is copied last. Without it a branch that was interrupted on the way would begin again
     as a run of its own when it is resumed.
 
     Args:
@@ -142,7 +142,7 @@ def require_branch(source: RunFolder, config: DistillConfig, may_differ: Collect
         raise CheckpointError(
             f"going on from {source}",
             "; ".join(found),
-            "a run with the same model, data and settings but for those that are searched",
+            "a run with the same model, data and settings except for those that are searched",
             "Take those settings into the recipe, or start from another run",
         )
 

@@ -105,7 +105,7 @@ class Endings:
         return stops.error(
             f"finishing {self.config.name}",
             f"its training is complete. {self.states.last_good()}",
-            f"--resume {self.folder} writes what is missing, and trains no more",
+            f"--resume {self.folder} writes the missing results, and does not train",
         )
 
     def _best(self) -> str:
@@ -118,7 +118,7 @@ class Endings:
 
     def _record(self, stops: StopRequests, action: str, position: Position) -> None:
         cause = f"{stops.received} asked for a stop"
-        # What is saved counts, and must be told also where this cannot be written.
+        # What is saved counts, and must be reported even if this cannot be written.
         with suppress(StorageError):
             self.events.add(
                 RunEvent(kind="stopped", cause=cause, action=action, iteration=position.iteration)

@@ -54,6 +54,6 @@ class Exports:
         self.export(self.folder.best, self.checkpoints.folder(best.iteration))
         score = self.config.checkpoint.score
         place = shared_place(self.folder.best)
-        told = f"iteration {best.iteration} ({score} {best.score:.4g}) is in {place}"
-        self.monitor.observer.note(f"the best generator: {told}")
-        return f"The best generator, of {told}."
+        words = f"iteration {best.iteration} ({score} {best.score:.4g}) is in {place}"
+        self.monitor.observer.note(f"the best generator: {words}")
+        return f"The best generator, of {words}."

@@ -176,7 +176,7 @@ def _wait_ready(groups: Sequence[WorkerGroup[Any]], timeout_s: float) -> None:
     """Waits until all have loaded their networks, side by side."""
     deadline_s = time.monotonic() + timeout_s
     for group in groups:
-        # At the deadline the others may be ready, and are to be told from those that are not.
+        # At the deadline the others may be ready, and must not be counted as late.
         group.wait_ready(max(1.0, deadline_s - time.monotonic()))
 
 

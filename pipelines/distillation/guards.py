@@ -119,7 +119,7 @@ class UpdateGuard:
         Args:
             call: The call that reported it.
             report: The gradient.
-            sample_ids: Samples that it was gathered from.
+            sample_ids: Samples that it was accumulated from.
 
         Raises:
             NonFiniteError: It is not finite, and the budget is spent or a weight is not finite.
@@ -191,7 +191,7 @@ class UpdateGuard:
             self._iterations = [*self._iterations, iteration][-self._settings.max_skipped - 1 :]
 
     def _limit(self, role: str) -> float:
-        """Largest norm that is no spike."""
+        """Largest norm that is not a spike."""
         known, settings = self._norms[role], self._settings
         if settings.spike_factor is None or len(known) * 2 < settings.spike_window:
             return math.inf

@@ -18,7 +18,7 @@ from typing import Any
 from cluster.joined import join
 from cluster.schedule.execution import IssuedCall, IterationResult, execute_schedule
 from cluster.schedule.program import Pass
-from cluster.schedule.schedule import GATHER, STEP, Call
+from cluster.schedule.schedule import REPORT, STEP, Call
 from cluster.schedule.staleness import staleness
 from cluster.spans import labelled
 from cluster.worker_group import Future, WorkerGroup
@@ -363,7 +363,7 @@ def _report(
     norms: dict[str, list[float]] = {}
     rates: dict[str, float] = {}
     not_made = {(one.phase, role) for one in skipped for role in one.roles}
-    for call, report in result.of(GATHER):
+    for call, report in result.of(REPORT):
         if call.rank == 0 and (call.phase, call.role) not in not_made:
             norms.setdefault(call.role, []).append(report.grad_norm)
             rates[call.role] = report.learning_rate

@@ -22,7 +22,7 @@ All samples are made from the captions of the iteration that comes next, with dr
 it. One batch is in flight at a time. It costs `costs.lag_passes`.
 
 A stop that is asked for ends a measurement after its batch, without a figure. Before an iteration
-at which the fake score starts anew nothing is measured: the weights there are at their end.
+at which the fake score starts again nothing is measured: the weights there are at their end.
 """
 
 import math

@@ -44,7 +44,7 @@ from pipelines.run.records import IterationRecord, ValidationRecord
 
 _MAX_WAITING = 2
 _LISTING = "listing"
-"""Validations under way at a time, but for those that must not be left out."""
+"""Validations under way at a time, except for those that must not be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ class RunMonitor:
         Args:
             former: The monitor of the run before it went back.
             iteration: Where the run stands now; later validations will be asked for again.
-            again: The validator is a new process, and is asked anew.
+            again: The validator is a new process, and is asked again.
         """
         self._problem, self._lost = former._problem, former._lost
         if former._fatal is not None and former._fatal.iteration <= iteration:
@@ -215,7 +215,7 @@ class RunMonitor:
             self._take()
 
     def write_ranking(self) -> None:
-        """Writes ranking.json anew: after a validation, and when checkpoints have been deleted."""
+        """Rewrites ranking.json: after a validation, and when checkpoints have been deleted."""
         if not self._scores:
             return
         settings = self.config.checkpoint

@@ -67,7 +67,7 @@ def require_placed(
     try:
         nodes = placement.nodes()
         found, failed = capacities_of({node for each in nodes.values() for node in each})
-    # A run does not end because its machines could not be looked at: that is told.
+    # A run does not end because its machines could not be read: that is reported.
     except Exception as error:
         return [_not_compared(f"{type(error).__name__}: {error}")]
     placed = placed_needs(process_needs(config, model, encoding), nodes)

@@ -183,7 +183,7 @@ class Preflight:
             return ""
         named = (
             f", and the latents of the data name {self.latents_named} as their maker, which is "
-            "taken on their word"
+            "not verified"
             if self.latents_named
             else ""
         )
@@ -193,7 +193,7 @@ class Preflight:
     def checked(self) -> dict[str, str]:
         """Subjects that `check` looked at, each with what it compared."""
         found = {
-            "settings": "every value, and what they ask of one another",
+            "settings": "every value, and the rules between them",
             "model": f"configurations, tokenizer, weight headers of {self.model.path}; clip size",
             "data": f"listing of {self.source.url}, footers and rows up to the first usable ones",
         }

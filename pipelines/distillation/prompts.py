@@ -124,7 +124,7 @@ class Prompts:
         self._taken.clear()
 
     def forget(self, before: int) -> None:
-        """Lets go of the captions of iterations that will not be asked for again.
+        """Releases the captions of iterations that will not be asked for again.
 
         Args:
             before: The first iteration that is still remembered.

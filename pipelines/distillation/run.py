@@ -211,11 +211,11 @@ def _distill(config: DistillConfig, job: _Job) -> dict[str, Any]:
         try:
             return _place_and_train(config, job, start, early)
         except _NotPlacedAgain as failure:
-            config, told = _replanned(config, failure.error)
+            config, event = _replanned(config, failure.error)
         # The trackers of the attempt that failed are closed.
         job.events.observer = observer
-        job.events.add(told)
-        start, early = _take_up(config, job, told)
+        job.events.add(event)
+        start, early = _take_up(config, job, event)
 
 
 class _NotPlacedAgain(Exception):
@@ -321,12 +321,12 @@ def _take_up(
         Where it goes on, and what the events have said of it.
     """
     folder, warn = job.folder, job.events.observer.warning
-    told: list[RunEvent] = [why] if why else []
+    new_events: list[RunEvent] = [why] if why else []
     checkpoints = Checkpoints(shared_place(folder.checkpoints))
 
     def tell(event: RunEvent) -> None:
         job.events.add(event)
-        told.append(event)
+        new_events.append(event)
 
     start = resume_position(config, job.checked, folder, checkpoints, warn, tell)
     folder.rewind(start.iteration, warn)
@@ -345,7 +345,7 @@ def _take_up(
             f"the run has made {start.iteration} iterations, and iterations={config.iterations} "
             "asks for no more: nothing is trained, and its results are written again"
         )
-    return start, told
+    return start, new_events
 
 
 @contextmanager

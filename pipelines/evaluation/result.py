@@ -156,10 +156,10 @@ class Evaluation(Record):
     @property
     def passed(self) -> bool | None:
         """True if every criterion is met, False if one is not; None: one cannot be decided."""
-        told = [verdict.passed for verdict in self.verdicts]
-        if False in told:
+        passed = [verdict.passed for verdict in self.verdicts]
+        if False in passed:
             return False
-        return None if None in told else True
+        return None if None in passed else True
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""

@@ -181,7 +181,7 @@ def _export(
 
 
 def _require_there(run_or_model: Path) -> None:
-    """Refuses what is no run and no model, before paths that are made of it are looked at."""
+    """Refuses what is neither a run nor a model, before paths that are made of it are looked at."""
     if store_address(run_or_model):
         return
     if not local_model(run_or_model).is_dir():

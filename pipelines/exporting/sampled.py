@@ -45,7 +45,7 @@ class LoraSource:
         """Read `FILE` or `FILE@STRENGTH`; a file of the whole name comes first.
 
         Raises:
-            ConfigError: What follows the `@` is no number.
+            ConfigError: What follows the `@` is not a number.
         """
         place, mark, strength = text.rpartition("@")
         if not mark or Path(text).exists():

@@ -74,7 +74,7 @@ def open_source(
             itself.
 
     Raises:
-        ConfigError: The checkpoint is no number and none of the words.
+        ConfigError: The checkpoint is neither a number nor one of the words.
         CheckpointError: The checkpoint does not exist or is not whole.
         ModelFolderError: A folder is missing, incomplete or of no known family.
     """

@@ -4,7 +4,7 @@
     "a red circle"   [] [] [] [] []         [] [] [] [] []        [] [] [] [] []
 
 As PNG with several frames of each clip, as a looping GIF with one cell per clip, and as one mp4 per
-clip in a folder beside them, for pages that lay them out anew. Small clips are enlarged by whole
+clip in a folder beside them, for pages that lay them out again. Small clips are enlarged by whole
 pixels, so that nothing is invented; large ones are scaled down on the sheets.
 """
 

@@ -38,7 +38,7 @@ class InferenceSettings(BaseModel):
         steps: Raw levels of the steps in thousandths, where they are not equally spaced; they hold
             for as many steps without guidance.
         warp_steps: Whether the shift moves these levels.
-        renoise: Whether each step without guidance goes to x0 and noises it anew.
+        renoise: Whether each step without guidance goes to x0 and renoises it.
         trained_sizes: Frames, height, width of several sizes that were trained; empty: the one.
     """
 

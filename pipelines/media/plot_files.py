@@ -85,8 +85,8 @@ def polyline(points: Iterable[tuple[float, float]], plane: Plane, css: str) -> s
 
 def dot(x: float, y: float, plane: Plane, css: str, label: str, radius: float = 3.5) -> str:
     """A dot that says what it is under the pointer."""
-    told = f"{label}: {number(x)}, {number(y)}"
+    words = f"{label}: {number(x)}, {number(y)}"
     return (
         f'<circle class="dot {css}" cx="{plane.x(x)}" cy="{plane.y(y)}" r="{radius:g}">'
-        f"<title>{escape(told)}</title></circle>"
+        f"<title>{escape(words)}</title></circle>"
     )

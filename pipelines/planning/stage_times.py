@@ -215,7 +215,7 @@ def _from_run(folder: Path) -> _Found:
 
 
 def _seconds(value: object, default: float) -> float:
-    """A measured time; the default where it is no finite number above 0."""
+    """A measured time; the default where it is not a finite number above 0."""
     if isinstance(value, int | float) and 0 < value < math.inf:
         return float(value)
     return default
@@ -263,7 +263,7 @@ def _measured_s(key: str, value: object) -> float:
 
 
 def _in_words(error: Exception) -> str:
-    """Says why a file is no benchmark's, without Python's own names for it."""
+    """Says why a file is not a benchmark's, without Python's own names for it."""
     match error:
         case FileNotFoundError():
             return "no such file"

@@ -66,7 +66,7 @@ class StoredText:
         if self.named:
             return (
                 "the model folder has no text encoder: all embeddings lie with the data, and name "
-                f"{self.named} as their maker, which is taken on their word"
+                f"{self.named} as their maker, which is not verified"
             )
         if not self.lacking:
             return "no process loads the text encoder: all embeddings lie with the data"
@@ -82,7 +82,7 @@ def wanted_prompts(config: DistillConfig) -> dict[str, str]:
 
 
 def encoding_sections(config: DistillConfig, *, at_addresses: bool = False) -> frozenset[str]:
-    """Sections that a plan counts a text encoder for: all, but for sets on this machine that say.
+    """Sections that a plan counts a text encoder for: all but those of sets here that name theirs.
 
     Who made embeddings is compared before a run starts, not here: it takes reading the text
     encoder's weights.

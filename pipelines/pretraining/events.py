@@ -75,7 +75,7 @@ class EventWriter:
         num_steps: Steps of the stage at most.
         send: Takes every event.
         is_silent: True on all workers but the first.
-        every_s: Longest time between two steps that are told, where steps end.
+        every_s: Longest time between two steps that are reported, where steps end.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class EventWriter:
         self.note(f"{self._stage} starts at step {step} in process {os.getpid()}")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done; every `ray.report_every_steps`-th is told.
+        """A step is done; every `ray.report_every_steps`-th is reported.
 
         So is one that ends more than 30 seconds after the last one that was.
         """

@@ -62,7 +62,7 @@ class Media:
         """The address of a file inside the page; empty where it is too large or no media."""
         kind = _media_type(content)
         if kind is None:
-            self.notes.append(f"{name} is left out: it is no PNG, GIF, JPEG or MP4.")
+            self.notes.append(f"{name} is left out: it is not a PNG, GIF, JPEG or MP4.")
             return ""
         if len(content) > self.left_bytes:
             self.notes.append(f"{name} ({len(content) / 2**20:.1f} MB) is left out: no room.")
@@ -214,7 +214,7 @@ def _column(label: str, files: ClipFiles, column: ClipColumn, media: Media) -> _
             content = b"" if path is None else path.read_bytes()
             first_frame(content)
         except (OSError, DataError):
-            media.notes.append(f"{files.folder.name}/{name} is missing or is no video.")
+            media.notes.append(f"{files.folder.name}/{name} is missing or is not a video.")
             continue
         clips[prompt] = (name, content)
     return _Column(Heading(column.label, column.note, label), clips)

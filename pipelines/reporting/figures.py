@@ -117,7 +117,7 @@ class SamplingRows:
 
 
 def read_rows(evaluation: Mapping[str, Any]) -> SamplingRows:
-    """Reads the rows of an evaluation; entries that are no rows are passed over."""
+    """Reads the rows of an evaluation; entries that are not rows are passed over."""
     found = evaluation.get("rows")
     entries = [
         entry

@@ -218,12 +218,12 @@ def _missing(
 
 
 def _text(path: Path, faults: _Faults) -> str:
-    """A file's text, empty where it is not there; bytes that are no text are replaced."""
+    """A file's text, empty where it is not there; bytes that are not text are replaced."""
     if not path.exists():
         return ""
     inside = file_inside(path.parent, path.name)
     if inside is None:
-        faults.lose(path, f"{path.name} is left out: it is no file inside the run's folder.")
+        faults.lose(path, f"{path.name} is left out: it is not a file inside the run's folder.")
         return ""
     try:
         return inside.read_text(encoding="utf-8", errors="replace")
@@ -276,11 +276,11 @@ def _entries(path: Path, faults: _Faults, read: Callable[[str], T | None]) -> li
         which = ", ".join(map(str, wrong[:_MAX_LINES_NAMED]))
         more = " and others" if len(wrong) > _MAX_LINES_NAMED else ""
         noun = "line" if len(wrong) == 1 else "lines"
-        told = f"{path.name}: {len(wrong)} {noun} left out, torn or wrong ({which}{more})."
+        summary = f"{path.name}: {len(wrong)} {noun} left out, torn or wrong ({which}{more})."
         if found:
-            faults.sentences.append(told)
+            faults.sentences.append(summary)
         else:
-            faults.lose(path, told)
+            faults.lose(path, summary)
     return found
 
 

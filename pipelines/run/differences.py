@@ -13,7 +13,7 @@ def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
         now: Values now.
     """
     keys = sorted({*before, *now})
-    # A section in place of null: its own keys are told.
+    # A section in place of null: its own keys are listed.
     sections = {key for key in keys for other in keys if other.startswith(f"{key}.")}
     return [
         f"{key} is {format_value(now, key)}, and was {format_value(before, key)}"

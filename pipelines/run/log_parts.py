@@ -3,11 +3,11 @@
     metrics.jsonl                            the log as it was when its writer ended well
     metrics.jsonl.parts/000000-000000000000  generation 0, from byte 0 on
     metrics.jsonl.parts/000000-000000004711  what was added later
-    metrics.jsonl.parts/000001-000000000000  generation 1: written anew, the whole log
+    metrics.jsonl.parts/000001-000000000000  generation 1: rewritten, the whole log
 
 The newest generation that has its first part is the log, as far as its parts follow one another;
 where there is none, the object itself is. So a crash between any two requests leaves the log as it
-was before or after: a log that is written anew (a resume drops lines) is one object, and parts that
+was before or after: a log that is rewritten (a resume drops lines) is one object, and parts that
 count no longer are deleted from the first one on.
 """
 
@@ -58,7 +58,7 @@ class LogParts:
         self._files = files
         self._path = path
         self.is_joined = False
-        """Whether this writer has made one object of the log, and has added nothing since."""
+        """True if this writer has made one object of the log, and has added nothing since."""
         self._sent = 0
         self._digest = b""
         self._parts: list[str] = []

@@ -2,7 +2,7 @@
 
     every 5 s           lines added to logs, as parts; files that have changed, whole
     flush()             the same at once, before a checkpoint is committed that follows from it
-    the store fails     told and written down as an event; training goes on for a bounded time
+    the store fails     reported and written down as an event; training goes on for a bounded time
     it refuses a state  no rights, no room: the run ends, and so it does of one that never succeeds
     the store is back   everything is caught up
     the end             logs are joined; the error names what is in the working copy alone

@@ -129,7 +129,7 @@ def not_told_apart(
         by: What more of would separate them: clips or seeds.
 
     Returns:
-        One sentence, or nothing where the best one is told from all others.
+        One sentence, or nothing where the best one differs from all others.
     """
     finite = [contender for contender in contenders if math.isfinite(contender.value)]
     alike = [other for other in finite[1:] if not finite[0].is_told_from(other)]

@@ -101,7 +101,7 @@ class StopRequests:
             self._set_timer(0.0)
 
     def end(self) -> None:
-        """A stop from here on is only told: the run has its result or its error, and closes."""
+        """A stop from here on is only reported: the run has its result or its error, and closes."""
         self._is_over = True
 
     def require_time(self) -> None:

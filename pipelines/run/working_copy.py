@@ -56,7 +56,7 @@ class WorkingCopy:
         self.root = root
         self.address = address
         self.keeps = False
-        """Whether the local folder stays when the copy is closed."""
+        """Keeps the local folder when the copy is closed."""
         self._whole_root: Path = whole._whole_root if whole else root
         # By path: files whose content is at the address, where it came from, logs sent in parts.
         self._known: dict[Path, Stamp] = whole._known if whole else {}
@@ -246,7 +246,7 @@ class WorkingCopy:
 def _listed(files: Any, root: str, left_out: frozenset[str]) -> dict[str, Mapping[str, Any]]:  # noqa: ANN401
     """Facts of the objects below a folder, by relative path; without big folders and the lease.
 
-    Keys are any text. One such as `x//etc/passwd`, which is no path inside of the folder, is left.
+    Keys are any text. One such as `x//etc/passwd`, which is not a path inside the folder, is left.
     """
     files.invalidate_cache()
     found: dict[str, Mapping[str, Any]] = {}
@@ -263,7 +263,7 @@ def _listed(files: Any, root: str, left_out: frozenset[str]) -> dict[str, Mappin
             found[name] = facts
     if strange:
         _log.warning(
-            "Left %d objects at %s that are no files inside of it, such as %r",
+            "Left %d objects at %s that are not files inside of it, such as %r",
             len(strange),
             root,
             strange[0],

@@ -26,7 +26,7 @@ Variants are other programs over the same stages:
     fresh tracking      ROLLOUT DENOISE SIGNAL LEARN | update | n times (SAMPLE TRACK | update)
     through the teacher PULLBACK between SIGNAL and LEARN (SiD)
     diversity loss      START before ROLLOUT, ANCHOR by the teacher, DIVERSIFY after LEARN
-    one backward pass   SIGNAL gathers what TRACK would, which hands out the terms of its loss
+    one backward pass   SIGNAL accumulates TRACK's gradient too, and TRACK returns the loss terms
     mixing of weights   the fake score takes in the generator's weights between the two updates
     comparing steps     PREDICT, COMPARE_STEPS and COMPLETE in the place of SIGNAL (ADM)
     comparing data      COMPARE_DATA by the discriminator between SIGNAL and LEARN (DMD2's GAN term)
@@ -34,7 +34,7 @@ Variants are other programs over the same stages:
                         after LEARN (rCM); alone, without the stages from ROLLOUT to LEARN (sCM)
     strides             LEARN_FLOW in the place of the stages from ROLLOUT to LEARN (TMD)
 
-A discriminator gathers while it compares, and is updated with the generator.
+A discriminator accumulates its gradient while it compares, and is updated with the generator.
 
 A stage states its role, the method that does the work, what the method is handed and what it sends
 back. The dispatcher, the planner and the study read these constants.
@@ -47,7 +47,7 @@ from enum import StrEnum
 from typing import Any
 
 from cluster.schedule.program import Pass, Program, Stage, Update, WeightTransfer
-from cluster.schedule.schedule import GATHER, STEP, Call
+from cluster.schedule.schedule import REPORT, STEP, Call
 from cluster.worker_group import Future
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.stages.kind import ALGORITHM_1, IterationKind
@@ -126,7 +126,7 @@ class StageSpec:
         method: The role's method.
         arguments: Arguments of the method, from the inputs of a call.
         sends: Tensors of its result that travel to another role.
-        gathers: Whether it adds to the gradient that the role's next update uses.
+        accumulates: Adds to the gradient that the role's next update uses.
         needs_data: Whether it takes latents of the data, which the feed then reads beside captions.
         fed: Whether it takes captions or data, which may arrive later than other stages' results.
     """
@@ -135,7 +135,7 @@ class StageSpec:
     method: Callable[..., Any]
     arguments: Callable[[CallInputs], tuple[Any, ...]]
     sends: tuple[Sent, ...] = ()
-    gathers: bool = False
+    accumulates: bool = False
     needs_data: bool = False
     fed: bool = False
 
@@ -148,7 +148,7 @@ class StageSpec:
         """The stage in a program, with the stages whose results it takes."""
         names = tuple(stage.name for stage in takes)
         until = None if keeps_until is None else keeps_until.name
-        return Stage(self.name, self.role, names, until, self.gathers, self.fed)
+        return Stage(self.name, self.role, names, until, self.accumulates, self.fed)
 
 
 _X0_AND_NOISE = (Sent.LATENTS, Sent.LATENTS, Sent.TEXT)
@@ -175,7 +175,7 @@ TRACK = StageSpec(
     FAKE_SCORE,
     FakeScoreTracker.track,
     lambda call: (call.of(ROLLOUT, SAMPLE), call.share),
-    gathers=True,
+    accumulates=True,
 )
 PULLBACK = StageSpec(
     TEACHER,
@@ -194,7 +194,7 @@ COMPARE_STEPS = StageSpec(
     Discriminator.compare_steps,
     lambda call: (call.of(ROLLOUT), call.of(DENOISE), call.of(PREDICT), call.share),
     sends=(Sent.LATENTS, Sent.LATENTS),
-    gathers=True,
+    accumulates=True,
 )
 COMPLETE = StageSpec(
     FAKE_SCORE,
@@ -207,7 +207,7 @@ COMPARE_DATA = StageSpec(
     Discriminator.compare_data,
     lambda call: (call.of(ROLLOUT), call.data, call.of(PULLBACK, SIGNAL), call.share),
     sends=(Sent.LATENTS,),
-    gathers=True,
+    accumulates=True,
     needs_data=True,
     fed=True,
 )
@@ -215,7 +215,7 @@ LEARN = StageSpec(
     GENERATOR,
     GeneratorLearner.learn,
     lambda call: (call.of(COMPLETE, COMPARE_DATA, PULLBACK, SIGNAL), call.weight),
-    gathers=True,
+    accumulates=True,
 )
 NOISE_DATA = StageSpec(
     GENERATOR,
@@ -235,13 +235,13 @@ LEARN_CONSISTENCY = StageSpec(
     GENERATOR,
     GeneratorLearner.learn_consistency,
     lambda call: (call.of(NOISE_DATA), call.of(DENOISE_DATA), call.share),
-    gathers=True,
+    accumulates=True,
 )
 LEARN_FLOW = StageSpec(
     GENERATOR,
     GeneratorLearner.learn_flow,
     lambda call: (*call.prompts()[:2], call.data, call.negative, call.share),
-    gathers=True,
+    accumulates=True,
     needs_data=True,
     fed=True,
 )
@@ -262,7 +262,7 @@ DIVERSIFY = StageSpec(
     GENERATOR,
     GeneratorLearner.diversify,
     lambda call: (call.of(START), call.of(ANCHOR), call.share),
-    gathers=True,
+    accumulates=True,
 )
 TRAINED_WEIGHTS = StageSpec(GENERATOR, GeneratorLearner.trained_weights, lambda call: ())
 MIX_WEIGHTS = StageSpec(
@@ -274,7 +274,7 @@ EXTRA_TRACK = StageSpec(
     FAKE_SCORE,
     FakeScoreTracker.extra_track,
     lambda call: (call.of(SAMPLE), call.share),
-    gathers=True,
+    accumulates=True,
 )
 _UPDATES = (
     *(
@@ -322,7 +322,7 @@ STAGES = {
 }
 """Every stage that a call of a schedule can name, by role and name."""
 
-assert {stage.name for stage in _UPDATES} == {GATHER, STEP}, "updates have names of their own"
+assert {stage.name for stage in _UPDATES} == {REPORT, STEP}, "updates have names of their own"
 
 
 def iteration_program(kind: IterationKind = ALGORITHM_1) -> Program:
@@ -386,7 +386,7 @@ def _distilling(kind: IterationKind) -> Iterator[Stage]:
 def _learning(kind: IterationKind) -> Iterator[Stage]:
     """Stages from the teacher's answer to the generator's learning."""
     signal = SIGNAL.step(ROLLOUT, DENOISE, keeps_until=TRACK if kind.shared else None)
-    yield replace(signal, gathers=kind.joint)
+    yield replace(signal, accumulates=kind.joint)
     if kind.shared:
         yield TRACK.step(ROLLOUT)
     last = SIGNAL

@@ -221,7 +221,7 @@ def lag_passes(
 ) -> Mapping[StageSpec, Passes]:
     """Passes of one measurement of the lag, for each sample of a batch.
 
-    Held batches are made anew for the loss before and for that of each copy, the settled one
+    Held batches are made again for the loss before and for that of each copy, the settled one
     included.
 
     Args:

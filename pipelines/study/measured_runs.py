@@ -79,7 +79,7 @@ def times_of(run: PlannedRun) -> tuple[dict[str, float], float | None]:
     for line in lines:
         for stage, seconds in line["seconds"].items():
             found.setdefault(stage, []).append(seconds)
-    # A stage that most iterations do not have, such as a first encoding, is no cost of each.
+    # A stage that most iterations do not have, such as a first encoding, is not a cost of each.
     usual = {name: median(s) for name, s in found.items() if 2 * len(s) > len(lines)}
     total = usual.pop(_TOTAL, None)
     return usual, total

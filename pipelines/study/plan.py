@@ -199,7 +199,7 @@ def _planned_run(config: DistillConfig, folder: Path, variant: str, seed: int) -
         "seed": seed,
         "name": f"{variant}-seed{seed}",
         "output": f"{shared_place(folder)}/{RUNS}",
-        # A run is told nothing of the others.
+        # A run knows nothing of the others.
         "study": {},
         # The study measures by itself, all runs against one set of the teacher's clips.
         "validation.every": 0,

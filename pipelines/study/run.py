@@ -68,7 +68,7 @@ _log = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 WRITTEN = ("results.md", "results.csv", "cost.csv", RESULTS_FILE)
-"""Files that a study writes anew after every run."""
+"""Files that a study rewrites after every run."""
 _POINTS_FILE = "study.json"
 FAILURE_FILE = "failure.txt"
 
@@ -310,7 +310,7 @@ def _remembered(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
         stored = read_json(str(path))
         if stored["judge"] != judge.key(run.config.schedule):
             return {}
-        # Units are counted anew: an earlier version may have counted otherwise.
+        # Units are counted again: an earlier version may have counted otherwise.
         return {
             entry["iteration"]: Point(**entry | {"units": units_of(run, entry["iteration"])})
             for entry in stored["points"]

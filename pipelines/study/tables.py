@@ -71,9 +71,9 @@ def results_markdown(result: StudyResult) -> str:
         if run.error
     ]
     below = [*([result.note] if result.note else []), *failed]
-    told = setting_words(result)
+    words = setting_words(result)
     table = markdown_table(head, rows)
-    table = "\n".join([told, "", table, *([""] if below else []), *below]) + "\n"
+    table = "\n".join([words, "", table, *([""] if below else []), *below]) + "\n"
     return table + _hypotheses_markdown(result)
 
 

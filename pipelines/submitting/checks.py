@@ -100,7 +100,7 @@ class Preparation:
         run = self.request.option("--resume")
         if run not in ("", "auto"):
             config = config.in_folder(Path(self._resumed(run)))
-        self.checked["settings"] = "every value, and what they ask of one another"
+        self.checked["settings"] = "every value, and the rules between them"
         if run in ("", "auto"):
             self._require_no_home(recipe, settings)
             config = config.with_settings({"output": self._output("output", config.output)})
@@ -148,7 +148,7 @@ class Preparation:
         """A study in closed-form worlds, which needs neither networks nor data."""
         recipe, *settings = self.request.arguments
         config = load(GaussianStudyConfig, recipe, settings)
-        self.checked["settings"] = "every value, and what they ask of one another"
+        self.checked["settings"] = "every value, and the rules between them"
         config = config.model_copy(update={"output": self._output("output", config.output)})
         require_lasting_folder(config.output, "output")
         self._name_results(shared_place(config.folder))

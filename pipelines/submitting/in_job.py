@@ -107,7 +107,7 @@ def run_in_job(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     code = Attempts(given.argv, given.retries, given.pause).run()
     if code == 0 and given.report:
-        # The run is done and whole; that it could not be drawn is no failure of it.
+        # The run is done and whole; that it could not be drawn is not a failure of it.
         subprocess.run(_sgmd(["report", given.report]), check=False)
     return code
 

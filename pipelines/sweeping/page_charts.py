@@ -31,7 +31,7 @@ def response_cards(settings: SweepSettings, points: Sequence[TriedPoint]) -> lis
 
 
 def _choices(dimension: Dimension) -> str:
-    """Legend of a choice that is no number, whose places are counted."""
+    """Legend of a choice that is not a number, whose places are counted."""
     if dimension.choice is None or _is_numeric(dimension):
         return ""
     return ", ".join(f"{place}: {value_in_words(v)}" for place, v in enumerate(dimension.choice))

@@ -67,7 +67,7 @@ class TriedPoint:
         """Entry of the ranking: over seeds, or of a single one over its clips.
 
         Points of the same seeds are compared seed by seed, by Student's t: what a seed does to all
-        of them, mostly by its captions and noise, is no difference between them.
+        of them, mostly by its captions and noise, is not a difference between them.
         """
         if len(self.trials) == 1:
             return self.trials[0].contender(score)
@@ -223,7 +223,7 @@ def write_results(config: DistillConfig, folder: Path, trials: Sequence[Trial]) 
     """
     order = ranked_trials(config.sweep, trials)
     objectives, place = config.sweep.objectives, Path(shared_place(folder))
-    # Files of captions of a job are gone with it, but for the sweep's copies.
+    # Files of captions of a job are gone with it, except for the sweep's copies.
     kept = kept_captions(config.data, folder, shared_place(folder))
     best = config.with_settings(kept | dict(order[0].settings))
     result = SweepResult(config.sweep.score, order, place, place / BEST_FILE, objectives)

@@ -103,7 +103,7 @@ def sweep(
         LeaseError: Another process sweeps in the folder.
         StorageError: The store of a sweep at an address has failed for too long.
     """
-    # Tune's newer reporter prints to standard output even when told to be silent.
+    # Tune's newer reporter prints to standard output even when asked to be silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # How much Tune may forget of a sweep whose process is killed.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
@@ -253,7 +253,7 @@ def _require_folder(config: DistillConfig, folder: Path, *, resume: bool) -> Non
         raise ConfigError(
             attempted,
             "; ".join(found),
-            "the recipe that it began with, but for sweep.concurrent_trials",
+            "the recipe that it began with, except for sweep.concurrent_trials",
             f"Its recipe is {place}/{_RECIPE}",
         )
 

@@ -259,7 +259,7 @@ def _distill(
 
 @dataclass(frozen=True)
 class _Reporter(RunObserver):
-    """Tells Tune of every validation but the last, which is told once the run has ended."""
+    """Reports every validation to Tune; the last one once the run has ended."""
 
     sweep: CommonToTrials
     config: DistillConfig

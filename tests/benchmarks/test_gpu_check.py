@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all steps have found; those that need the roles in this process, which has them."""
     found = tmp_path_factory.mktemp("gpu-check")
     with starting_forks(), warnings.catch_warnings():
-        # As in the processes that steps have to themselves, warnings are no errors.
+        # As in the processes that steps have to themselves, warnings are not errors.
         warnings.simplefilter("ignore")
         for name in KEYS:
             if name != "environment":

@@ -36,7 +36,7 @@ def run_iteration(ray_cluster: None):
     stages = (
         Stage("paint", "maker", keeps_until="learn"),
         Stage("look", "judge", ("paint",)),
-        Stage("learn", "maker", ("look",), gathers=True),
+        Stage("learn", "maker", ("look",), accumulates=True),
     )
     teams, costs = {pool.name: Team() for pool in pools}, Costs(lambda c: 0, lambda c: RESULT_BYTES)
     with reserve(pools, timeout_s=WAIT_S) as placement:

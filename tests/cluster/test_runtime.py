@@ -157,7 +157,7 @@ def test_a_server_that_never_answers_or_is_another_one_is_given_up(tmp_path):
     assert result.returncode == 0, result.stderr
     silent, other = result.stdout.splitlines()
     assert "takes connections and does not answer" in silent
-    assert "is no control service of Ray" in other
+    assert "is not a control service of Ray" in other
 
 
 @pytest.mark.parametrize(

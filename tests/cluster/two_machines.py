@@ -2,7 +2,7 @@
 
 Prints one JSON object. Both machines are this one: two raylets with resources and labels of their
 own. Their workers are forked, as those of a private cluster are, and Ray looks more often than it
-does by default whether a machine is there: both save a minute, and are no part of what is tried.
+does by default whether a machine is there: both save a minute, and are not part of what is tried.
 """
 
 import json

@@ -53,7 +53,7 @@ def test_a_branch_goes_on_from_the_state_and_only_what_may_differ_does(
     assert newest_state(start) == 2
     searched = {NR, "generator.optimizer.lr"}
     branch(start, other, searched, iteration=2)
-    # Killed before the state was there; the run that is resumed there would begin anew.
+    # Killed before the state was there; the run that is resumed there would begin again.
     shutil.rmtree(RunFolder(other.run_folder).checkpoints)
     ensure_branch(start, other, searched, iteration=2)
     (state,) = RunFolder(other.run_folder).checkpoints.iterdir()

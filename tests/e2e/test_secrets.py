@@ -87,7 +87,7 @@ def test_a_planted_secret_is_in_no_file_of_a_sweep_nor_in_what_it_prints(
     ],
 )
 def test_a_key_in_an_address_is_refused_and_not_repeated(setting: str) -> None:
-    with pytest.raises(ConfigError, match="settings are no place for secrets") as caught:
+    with pytest.raises(ConfigError, match="settings are not the place for secrets") as caught:
         load_recipe("tiny", [setting])
     assert "secret@" not in str(caught.value)
     load_recipe("tiny", ["data.train=s3://bucket/a@b", "data.validation=http://host:9000/a@b"])

@@ -207,7 +207,7 @@ def test_a_study_by_the_clock_measures_on_the_way_and_makes_no_finished_run_agai
     opened: list[tuple[float | None, float]] = []
 
     class Slow(RunObserver):
-        # What is written between two iterations is no training time.
+        # What is written between two iterations is not training time.
         def iteration(self, record):
             time.sleep(0.5 if record.iteration == 0 else 0)
 

@@ -217,7 +217,7 @@ def _shift_line(text: str, chance: random.Random) -> str:
 def _damage_characters(text: str, chance: random.Random) -> str:
     data = bytearray(text.encode("utf-8", "surrogatepass"))
     chance.choice(_BYTE_EDITS)(data, chance)
-    # Every byte is a character of latin-1; those that are no UTF-8 are tried as they are.
+    # Every byte is a character of latin-1; those that are not UTF-8 are tried as they are.
     return data.decode("latin-1")
 
 

@@ -135,7 +135,7 @@ def forked_python() -> str:
 def listener_for(executable: Path, interpreter: str = PYTHON) -> socket.socket:
     """Writes an executable that stands for an interpreter; its requests come to what is returned.
 
-    Where this process was forked, `PYTHON` is no interpreter.
+    Where this process was forked, `PYTHON` is not an interpreter.
     """
     # Without a shell, which would change the environment.
     executable.write_text(f"#!{interpreter} -IS\n{_CLIENT.read_text()}")
@@ -477,7 +477,7 @@ def serve_forks(listener: socket.socket, executable: str) -> None:
 
 
 if __name__ == "__main__":
-    # Where this script lies is no place to import from.
+    # Where this script lies is not a place to import from.
     sys.path.pop(0)
     sys.path.insert(0, "")
     serve_forks(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])

@@ -13,7 +13,7 @@ HANG, CRASH = b"hang", b"crash"
 
 
 class OddDecoder(ClipDecoder):
-    """`ClipDecoder`, but for the files `HANG` and `CRASH`."""
+    """`ClipDecoder`, except for the files `HANG` and `CRASH`."""
 
     def __call__(self, data: bytes, fps: float = 0.0) -> Pixels:
         """Pixels of one file."""

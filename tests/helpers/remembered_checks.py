@@ -6,7 +6,7 @@ and shapes alone, of arguments and result together, and is then remembered for a
 process lives. Checked in full at each call is all the rest:
 
 * a combination that has not been seen, or that was refused;
-* functions whose annotations are about values: lengths in braces, literals that are no text;
+* functions whose annotations are about values: lengths in braces, literals that are not text;
 * containers that are large or not built in, and those with entries of several kinds, of which
   beartype looks at one by chance.
 """

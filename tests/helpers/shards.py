@@ -31,7 +31,7 @@ def write_folder(folder: Path, sizes: Sequence[int], group: int = 3) -> list[str
 
 
 def byte_strings(values: Sequence[str | bytes | None]) -> pa.Array:
-    """Strings, some of which are bytes that are no UTF-8."""
+    """Strings, some of which are bytes that are not UTF-8."""
     raw = [each.encode() if isinstance(each, str) else each for each in values]
     array = pa.array(raw, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(array), array.buffers())

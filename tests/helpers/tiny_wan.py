@@ -46,7 +46,7 @@ def tiny_velocity(seed: int = 0, channels: int = LATENT_CHANNELS) -> WanVelocity
 
 
 def with_seeded_weights(network: nn.Module, seed: int) -> nn.Module:
-    """Draws every weight anew: gains around 1, biases small, matrices of unit gain."""
+    """Draws every weight again: gains around 1, biases small, matrices of unit gain."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in network.named_parameters():

@@ -266,7 +266,7 @@ class TestSampling:
             scheduler.set_timesteps(num_steps)
             grid = FlowMatchSchedule(shift=shift).few_step_grid(num_steps)
             apart = (scheduler.sigmas - grid).abs()
-            # By the formula of the description, but for the first one, 1 - 1e-6, and the last, 0.
+            # By the formula of the description, except the first one, 1 - 1e-6, and the last, 0.
             place = torch.arange(1, num_steps).double() / num_steps
             raw = 1 - 0.999 * place
             described = shift * raw / (1 + (shift - 1) * raw)

@@ -351,7 +351,7 @@ def test_an_iteration_with_an_unanswered_rollout_or_signal_cannot_be_closed():
 
 def test_a_step_needs_gradients_and_a_report_on_them():
     roles = tiny_roles()
-    with pytest.raises(StaleCallError, match="gathered no gradient"):
+    with pytest.raises(StaleCallError, match="accumulated no gradient"):
         roles.generator.gradient_report(0)
     gather(roles, 0, [(0, 1)])
     with pytest.raises(StaleCallError, match="have not been looked at"):

@@ -157,7 +157,7 @@ class TestCalls:
         with pytest.raises(StaleCallError, match="no forward passes"):
             roles.fake_score.track(query, 0.5)
         roles.fake_score.signal(query, prediction, 0.5)
-        with pytest.raises(StaleCallError, match="gathered already"):
+        with pytest.raises(StaleCallError, match="accumulated already"):
             roles.fake_score.signal(query, prediction, 0.5)
         with pytest.raises(StaleCallError, match="were not tracked"):
             roles.fake_score.gradient_report(0)

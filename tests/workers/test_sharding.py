@@ -192,7 +192,7 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def frozen_answer(*, sharded: bool) -> Tensor:
-    """Velocity of a teacher in bfloat16, but for what diffusers keeps in float32."""
+    """Velocity of a teacher in bfloat16, except for what diffusers keeps in float32."""
     network = prepare_network(tiny_velocity(3), BF16)
     for name, value in network.named_parameters():
         if not WanFamily.traits.keep_fp32 & set(name.split(".")):

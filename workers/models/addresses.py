@@ -78,7 +78,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def missing_folder(path: Path, attempted: str, remedy: str = REMEDY) -> ModelFolderError:
-    """Refusal of a path that is no folder; of a hub id, with the line that downloads it."""
+    """Refusal of a path that is not a folder; of a hub id, with the line that downloads it."""
     found = kind_of_path(path) or "no such folder"
     released = next((name for name in _RELEASED if name.endswith(f"/{path.name}")), None)
     if found == "no such folder" and released is not None:

@@ -51,7 +51,7 @@ class ExpertDenoiser(Denoiser):
         self.requires_grad_(True)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Change whether parameters gather gradient, but for those of a frozen expert."""
+        """Turn gradients of the parameters on or off, except for those of a frozen expert."""
         super().requires_grad_(requires_grad)
         frozen = {"high": self.low, "low": self.high, None: None}[self._trained]
         if frozen is not None:

@@ -2,7 +2,7 @@
 
 copy_components     text encoder, autoencoder, tokenizer: linked or copied from the base folder
 place_scheduler     a scheduler of our own, or the base's
-narrowed            weights in the type of a file, but for those that stay in float32
+narrowed            weights in the type of a file, except for those that stay in float32
 kept_in_fp32        those, as a network's own classes name them
 """
 

@@ -91,6 +91,12 @@ def family_of(folder: str | Path) -> ModelFamily:
 
     A folder without this file is recognised by the class of its denoiser.
 
+    Args:
+        folder: Model folder on this machine, in diffusers format.
+
+    Returns:
+        The family, which inspects, loads, samples and exports such folders.
+
     Raises:
         ModelFolderError: There is no such folder, or no family is known for it; names the families.
     """

@@ -30,7 +30,7 @@ from workers.network_settings import LoraSettings
 
 
 class Denoiser(nn.Module, ABC):
-    """A network of a family as a velocity model.
+    """Base class of a family's network, which predicts the velocity `noise - x0`.
 
     A class and not a protocol: FSDP2, `functional_call` and state dicts need an `nn.Module`.
 

@@ -30,7 +30,7 @@ def features_of(
         text: Captions.
 
     Raises:
-        ShapeError: A layer's output is no sequence of the latents' tokens.
+        ShapeError: A layer's output is not a sequence of the latents' tokens.
     """
     found: dict[int, Tensor] = {}
 

@@ -58,8 +58,8 @@ class FlowHead(nn.Module):
 
         Raises:
             KeyError: A number is missing.
-            ValueError: A size is no whole number above 0, there are too many steps, or the shift is
-                not finite.
+            ValueError: A size is not a whole number above 0, there are too many steps, or the shift
+                is not finite.
         """
         counts = [config[name] for name in ("width", "num_layers", "num_steps")]
         shift = config["shift"]

@@ -91,7 +91,7 @@ def read_lora(path: Path) -> LoraFile:
     """Read a LoRA's file, and the settings beside it.
 
     Raises:
-        ModelFolderError: It cannot be read, is no LoRA, or of a kind that cannot be merged.
+        ModelFolderError: It cannot be read, is not a LoRA, or of a kind that cannot be merged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -202,7 +202,7 @@ def _changes_of(
 
 
 def _require_lora(path: Path, names: list[str]) -> None:
-    """Refuses a file of which a tensor is no part of a LoRA."""
+    """Refuses a file of which a tensor is not part of a LoRA."""
     bare = {name: _PREFIX.sub("", name) for name in names}
     for pattern, kind, remedy in _REFUSED:
         odd = [name for name in names if re.search(pattern, bare[name])]

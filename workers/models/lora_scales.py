@@ -81,14 +81,14 @@ def read_lora_scales(path: Path, header: Mapping[str, str]) -> LoraScales:
 
     Raises:
         ValueError: They say nothing that can be read, or describe another kind of adapter.
-        ModelFolderError: adapter_config.json is no JSON object.
+        ModelFolderError: adapter_config.json is not a JSON object.
     """
     raw = header.get(_HEADER_KEY)
     beside = path.parent / ADAPTER_CONFIG
     if raw is not None:
         settings = json.loads(raw)
         if not isinstance(settings, dict):
-            raise ValueError(f"{_HEADER_KEY} of the header is no JSON object")
+            raise ValueError(f"{_HEADER_KEY} of the header is not a JSON object")
         settings = {_COMPONENT.sub("", str(name)): value for name, value in settings.items()}
     elif not beside.is_file():
         return LoraScales()

@@ -70,7 +70,7 @@ class ScaledFile:
         A product is rounded once, to float32: 4 bits of the number and 24 of its scale.
 
         Raises:
-            ModelFolderError: A scale is no positive number.
+            ModelFolderError: A scale is not a positive number.
         """
         with safe_open(self.path, framework="pt") as file:
             return {name: self._weight(file, name) for name in self.weights}
@@ -154,7 +154,7 @@ def _parsed(path: Path, name: str, text: str | bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _refusal(path, f"{name} is no JSON", "formats by layer") from error
+        raise _refusal(path, f"{name} is not JSON", "formats by layer") from error
     if not isinstance(found, dict):
         raise _refusal(path, f"{name} is a {type(found).__name__}", "formats by layer")
     return found

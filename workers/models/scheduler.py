@@ -1,4 +1,4 @@
-"""The sampler that diffusers is told to use for a few-step generator."""
+"""Configuration of diffusers' sampler for a few-step generator."""
 
 from functools import wraps
 from itertools import count

@@ -42,7 +42,7 @@ def load_sharded(
         network: Class of diffusers, made by `from_config`.
         part: The component, as `check_network` returns it.
         wrap: Makes the velocity model of the network.
-        dtype: Of the weights, but for those that the class keeps in float32.
+        dtype: Of the weights, except for those that the class keeps in float32.
         device: Device of the weights.
         prepare: Called with the velocity model while its weights are on the meta device. It may
             change modules in place, put them into others, and shard them over the ranks.
@@ -67,7 +67,7 @@ def load_sharded_parts(
         networks: Class of each, made by `from_config`.
         parts: The components.
         wrap: Makes the velocity model of the networks, in the order of `parts`.
-        dtypes: Of the weights of each, but for those that a class keeps in float32.
+        dtypes: Of the weights of each, except for those that a class keeps in float32.
         device: Device of the weights.
         prepare: Called once, with the whole velocity model.
 

@@ -260,7 +260,7 @@ def load_transformer(
 
     Args:
         folder: The Wan folder.
-        dtype: Of the weights, but for those that diffusers keeps in float32.
+        dtype: Of the weights, except for those that diffusers keeps in float32.
         device: Device of the weights.
         prepare: As `load_sharded` calls it.
 

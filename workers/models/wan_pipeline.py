@@ -15,7 +15,7 @@ from workers.models.wan_text import load_text
 
 
 class WanSampler(PipelineSampler):
-    """A WanPipeline, in float32 on a CPU; on a GPU in bfloat16, but for the autoencoder.
+    """A WanPipeline, in float32 on a CPU; on a GPU in bfloat16, except for the autoencoder.
 
     Args:
         folder: Wan folder.

@@ -27,7 +27,7 @@ from workers.models.wan_folder import check_component
 
 
 def clean_caption(caption: str) -> str:
-    """Mend broken Unicode, resolve HTML entities and fold white space, as WanPipeline does.
+    """Repair broken Unicode, resolve HTML entities and fold white space, as WanPipeline does.
 
     Entities are resolved twice: captions from the web are often escaped twice.
     """

@@ -37,7 +37,7 @@ def write_model_settings(folder: str | Path, settings: Mapping[str, Any]) -> Non
     """Write `sgmd.json`: settings, and the digest of every weight file below the folder.
 
     Args:
-        folder: Model folder, complete but for this file; the draft of a folder that is exchanged
+        folder: Model folder, complete except for this file; the draft of a folder that is exchanged
             whole, so that weights and digests never come apart.
         settings: JSON object that says how the folder is sampled.
     """
@@ -66,7 +66,7 @@ def require_same_weights(folder: str | Path) -> None:
     if not isinstance(stored, dict) or not all(_is_entry(*item) for item in stored.items()):
         raise ModelFolderError(
             f"reading {settings}",
-            f"{_DIGESTS} is no table of weight files of this folder and their digests",
+            f"{_DIGESTS} is not a table of weight files of this folder and their digests",
             "what `sgmd` wrote",
             _REMEDY,
         )

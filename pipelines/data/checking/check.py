@@ -69,7 +69,7 @@ class CheckOptions:
         text_length: Tokens that the model takes; the rest of a caption is cut.
         num_processes: Processes that read and decode; 0 works in this one, None takes all cores.
         max_hang_s: Time that one call of the decoder may take in such a process.
-        write_index: Write the index anew, for the shards that are there.
+        write_index: Rewrite the index, for the shards that are there.
         names: Names of the set's columns.
     """
 
@@ -124,7 +124,7 @@ def check_shards(
     misfits = _misfits(shards, {each.folder for each in buckets})
     problems = opened.problems + unwritten + misfits + _index_problems(index, opened)
     encoding = shards[0].encoding if shards else None
-    # Of a file of captions, rows and size are told as the caller has them, not by its shards.
+    # Of a file of captions, rows and size are reported as the caller has them, not by its shards.
     is_made = folder != url and not only
     return CheckReport(
         folder=url,
@@ -199,7 +199,7 @@ def _others_in_words(filesystem: AbstractFileSystem, root: str) -> str:
     if (first := next(paths, None)) is None:
         return ""
     return (
-        f"{1 + sum(1 for _ in paths)} files that are no .parquet and are not read, such as {first}"
+        f"{1 + sum(1 for _ in paths)} files that are not .parquet and are not read, such as {first}"
     )
 
 
@@ -284,7 +284,7 @@ def _index_problems(index: Sequence[Shard] | None, opened: OpenedSet) -> list[st
         )
     ]
     return [
-        f"{len(paths)} shards {words}, such as {paths[0]}; --write-index makes the index anew"
+        f"{len(paths)} shards {words}, such as {paths[0]}; --write-index rewrites the index"
         for paths, words in (
             (gone, "of the index are not there"),
             (extra, "are not in the index"),

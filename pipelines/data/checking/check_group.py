@@ -1,7 +1,7 @@
 """Checks one row group in a worker of `sgmd check`: looks at every row, decodes some of them.
 
 Rows are read some at a time, and of each a few numbers are kept, so memory depends neither on how
-long captions are nor, but for some twenty bytes a row, on how many rows a group has.
+long captions are nor, except for some twenty bytes a row, on how many rows a group has.
 """
 
 from collections import Counter
@@ -202,17 +202,17 @@ class _Look:
         known = {row - rows.first: why for row, why in faults_of_set.items() if row >= rows.first}
         columns = {name: table[name].cast(pa.string()) for name in REQUIRED_COLUMNS}
         columns, reasons = check_rows(columns, task.max_caption_chars, known)
-        named, told = (pc.fill_null(columns[name], "") for name in REQUIRED_COLUMNS)
+        named, texts = (pc.fill_null(columns[name], "") for name in REQUIRED_COLUMNS)
         has_id = np.asarray(pc.not_equal(named, ""))
         faults = {row: split_reason(reason) for row, reason in reasons.items()}
         for row, fault in self._try_rows(rows, faults):
             faults.setdefault(row, fault)
         self.ids.append(digest_ids(named))
         self.has_id.append(has_id)
-        self.captions.append(digest_ids(told))
-        self.characters.append(np.asarray(pc.utf8_length(told), dtype=np.int32))
+        self.captions.append(digest_ids(texts))
+        self.characters.append(np.asarray(pc.utf8_length(texts), dtype=np.int32))
         if task.count_tokens is not None:
-            lengths = task.count_tokens(told.to_pylist()) if len(told) else []
+            lengths = task.count_tokens(texts.to_pylist()) if len(texts) else []
             self.tokens.append(np.asarray(lengths, dtype=np.int32))
         self._reject(rows, faults, named)
 

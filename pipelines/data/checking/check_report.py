@@ -26,7 +26,7 @@ class CheckReport:
         kind: captions, video, encoded or text (embeddings alone).
         num_shards: Parquet files, those without rows included.
         num_empty: Parquet files without rows or without a byte; nothing is wrong with them.
-        others: Files that are no shards, in words; empty where there is none.
+        others: Files that are not shards, in words; empty where there is none.
         columns: Stored names of the columns that are not named as ours, in words; empty where all
             are.
         num_rows: Rows that their footers promise.

@@ -40,7 +40,7 @@ def look_of(stream: VideoStream, frame: av.VideoFrame) -> tuple[str, ...]:
     interlaced           two half-pictures in one; it is not deinterlaced, so edges show combs
     alpha                transparency; it is dropped
     rotated              turned by its header; frames are turned when they are decoded
-    non_square_pixels    stretched by players; only the policy `crop` reckons with it
+    non_square_pixels    stretched by players; only the policy `crop` takes account of it
     no_colour_tags       the matrix is guessed by the picture's size
     """
     is_wide = frame.color_primaries in _WIDE_PRIMARIES or frame.colorspace in _WIDE_MATRICES

@@ -154,7 +154,7 @@ def read_facts(data: bytes, limits: ClipLimits = DEFAULT_LIMITS) -> ClipFacts:
     """Decodes a whole video, keeping no picture.
 
     Raises:
-        ClipError: the bytes are no video, hold no frame, or a frame cannot be decoded.
+        ClipError: the bytes are not a video, hold no frame, or a frame cannot be decoded.
     """
     starts_s: list[float] = []
     size, end_s, look = (0, 0), Fraction(0), ()
@@ -208,7 +208,7 @@ def read_first_frame(
         whole: All of it is wanted: refuse a header that states too many frames or seconds.
 
     Raises:
-        ClipError: the bytes are no video, or the first frame cannot be decoded.
+        ClipError: the bytes are not a video, or the first frame cannot be decoded.
     """
     with opened(data, limits, whole=whole) as (container, stream):
         shown = next(shown_frames(container, stream, limits))

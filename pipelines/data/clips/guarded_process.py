@@ -63,7 +63,7 @@ class Died(Generic[Item]):
 
 
 class ProcessStartError(DataError):
-    """A process that decodes does not start, which is no fault of the data."""
+    """A process that decodes does not start, which is not a fault of the data."""
 
 
 class GuardedProcess:
@@ -202,7 +202,7 @@ def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[b
 
 
 def _send(connection: Connection, is_good: bool, answer: Any) -> None:  # noqa: ANN401
-    """Sends an answer; says so of a result that cannot be sent, which is no death."""
+    """Sends an answer; says so of a result that cannot be sent, which is not a death."""
     try:
         connection.send((is_good, answer))
     except OSError:

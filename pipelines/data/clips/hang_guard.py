@@ -27,7 +27,7 @@ def require_hang_limit(limit_s: float) -> None:
     """Checks a limit.
 
     Raises:
-        ConfigError: It is no time that a timer takes.
+        ConfigError: It is not a time that a timer takes.
     """
     if not 0 <= limit_s <= _LONGEST_HANG_S:
         raise ConfigError(
@@ -60,7 +60,7 @@ def guarded() -> Iterator[None]:
 
 
 def progress() -> None:
-    """Starts the time anew: the call before has returned."""
+    """Restarts the time: the call before has returned."""
     if _limit_s:
         signal.setitimer(signal.ITIMER_REAL, _limit_s)
 

@@ -1,4 +1,4 @@
-"""Clips encoded anew: other frames, size or rate, in a codec that every player reads."""
+"""Clips re-encoded: other frames, size or rate, in a codec that every player reads."""
 
 import io
 from dataclasses import replace
@@ -57,7 +57,7 @@ def transcode(
 
 
 def shrink_video(data: bytes, width_px: int, crf: int) -> bytes:
-    """Encodes a video file anew, smaller.
+    """Re-encodes a video file, smaller.
 
     Args:
         data: A file that FFmpeg can read.
@@ -65,7 +65,7 @@ def shrink_video(data: bytes, width_px: int, crf: int) -> bytes:
         crf: See `transcode`.
 
     Raises:
-        ClipError: the bytes are no video; says why.
+        ClipError: the bytes are not a video; says why.
     """
     height, width = first_frame(data).shape[:2]
     width_px = min(width, width_px) // 2 * 2

@@ -57,7 +57,7 @@ PROMPTS = -1
 """Number of the part whose lines are prompts, and rows of no shard."""
 
 SERVER_FAILED = "server_failed"
-"""Reason of a line that stands for no row, but for an error to be raised where it arrives."""
+"""Reason of a line that stands for no row, except for an error to be raised where it arrives."""
 
 _DECODED = pa.schema(
     [

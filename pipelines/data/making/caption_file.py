@@ -3,7 +3,7 @@
     prompts.txt -> digest -> ~/.cache/sgmd/captions/DIGEST/captions-DIGEST-00000.parquet
 
 The file becomes shards once on each machine; whoever reads the set opens these shards, so a file
-has the same order, checks and quarantine as a folder. A row of the file that is no caption stays in
+has the same order, checks and quarantine as a folder. A row that is not a caption stays in
 its place as a row without one, and its fault stands in the shard's metadata. The names of the
 shards hold the digest: a run that goes on after its file has changed finds none of its shards, and
 says so.
@@ -118,7 +118,7 @@ def locate_set(
 
 
 def caption_file_in_words(url: str, names: ColumnNames = ColumnNames()) -> str:
-    """One line that says what is read of a file of captions; empty where a set is no such file.
+    """One line that says what is read of a file of captions; empty where a set is not such a file.
 
     Args:
         url: As in `open_set`, which has accepted it.
@@ -154,7 +154,7 @@ def read_prompts(url: str, s3: S3Settings = S3Settings()) -> list[str]:
         else:
             bad.append(f"{clip.source}, row {clip.row}: {Reason.EMPTY_CAPTION}")
     if bad or not prompts:
-        found = f"{len(bad)} rows that are no caption, the first: {bad[0]}" if bad else "no caption"
+        found = f"{len(bad)} rows that are not captions, first {bad[0]}" if bad else "no caption"
         raise DataError(f"reading the prompts in {url}", found, "a caption in each row")
     return prompts
 
@@ -203,7 +203,7 @@ def no_shards(
     if only.startswith(("_", ".")):
         return DataError(
             attempted,
-            f"{only}, which is no shard: names that begin with _ or . are left out",
+            f"{only}, which is not a shard: names that begin with _ or . are left out",
             expected,
             "Give the folder that it lies in",
         )

@@ -313,7 +313,7 @@ def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal
                 attempted,
                 f"{len(gone)} of {len(journal.shards)} shards are gone: {', '.join(gone[:3])}",
                 "every shard that earlier runs have written",
-                "Restore them, or delete the folder and make the set anew",
+                "Restore them, or delete the folder and make the set again",
             )
     elif journal.shards:
         raise _other_settings(attempted, found, wanted)

@@ -169,7 +169,7 @@ def json_file_rows(
         captions: Names that a caption may have.
 
     Raises:
-        DataError: it is no JSON, is too large, or has another form.
+        DataError: it is not JSON, is too large, or has another form.
     """
     attempted = f"reading {address}"
     data = file.read(_MAX_JSON_BYTES + 1)
@@ -266,7 +266,7 @@ def _parquet_rows(
             values[name] = column.to_pylist()
         for row in range(batch.num_rows):
             if row in broken:
-                yield f"{broken[row]} is no UTF-8"
+                yield f"{broken[row]} is not UTF-8"
             else:
                 yield {name: values[name][row] for name in columns}
     # Arrow passes over pages of a kind that it does not know.

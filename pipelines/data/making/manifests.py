@@ -283,7 +283,7 @@ def _manifest_clip(
         text = json.dumps(caption, default=str) if isinstance(caption, tuple) else caption
         sample_id = ids.next(text or "")
     if isinstance(sample_id, _NO_IDS) or not str(sample_id):
-        detail = f"{columns.sample_id or SAMPLE_ID} = {str(sample_id)[:80]!r}, which is no id"
+        detail = f"{columns.sample_id or SAMPLE_ID} = {str(sample_id)[:80]!r}, which is not an id"
         return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
     if fault is not None:
         return Rejection(printable(str(sample_id)), address, number, _BAD_CAPTION, fault)

@@ -47,7 +47,7 @@ def map_in_order(
         The results, in the order of the items; errors of the function are raised here.
 
     Raises:
-        ConfigError: `max_hang_s` is no such time.
+        ConfigError: `max_hang_s` is not such a time.
     """
     require_hang_limit(max_hang_s)
     if num_processes is None:

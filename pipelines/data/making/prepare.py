@@ -112,7 +112,7 @@ class PrepareReport(SetReport):
     """Content of a folder of shards, and of its source, at the end of `sgmd prepare`.
 
     Attributes:
-        skipped: Files of the source that are no part of a clip, by kind.
+        skipped: Files of the source that are not part of a clip, by kind.
         look: Clips of this run whose look a decoder changes, by property, see `look_of`.
         captions: The rule for clips with several captions.
         num_left_out: Captions of this run's clips that the rule leaves out.

@@ -206,7 +206,7 @@ def _caption_in(content: Any, place: CaptionFile) -> Any:  # noqa: ANN401 - JSON
     """The caption in a JSON object.
 
     Raises:
-        TypeError: It is no object, or `_field_in` finds none.
+        TypeError: It is not an object, or `_field_in` finds none.
     """
     if not isinstance(content, dict):
         raise TypeError(f"a JSON {type(content).__name__}, not an object or a list")

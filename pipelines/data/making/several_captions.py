@@ -71,7 +71,7 @@ def _rows_of_repeated_ids(rows: Iterator[SourceClip | Rejection]) -> dict[str, i
     seen = SeenIds()
     counts: dict[str, int] = {}
     for clip in rows:
-        # An id that is no UTF-8 has no digest, and is rejected later.
+        # An id that is not UTF-8 has no digest, and is rejected later.
         if isinstance(clip, Rejection) or fault_of_text(clip.sample_id) is not None:
             continue
         if seen.add([clip.sample_id]):

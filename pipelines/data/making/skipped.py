@@ -1,4 +1,4 @@
-"""Files of a source that are no part of any clip: counted by kind, each kind with an example.
+"""Files of a source that are not part of any clip: counted by kind, each kind with an example.
 
 A rejection is a clip that could not be taken; what is counted here was never a clip.
 """
@@ -15,7 +15,7 @@ LONELY_CAPTIONS = "caption files without a video of the same name up to the last
 MANIFESTS = "manifests beside other files, which are not read (name the manifest itself as SRC)"
 HIDDEN = "hidden files and folders, whose names begin with a dot"
 FOREIGN_CAPTIONS = "caption files of joined tars in which another video has the same name"
-TAR_LINKS = "members of tars that are no files and name no clip"
+TAR_LINKS = "members of tars that are not files and name no clip"
 TWO_CAPTIONS = "clips with several caption files, of which the first named is used"
 SHARED_CAPTIONS = "caption files that several videos of the same name share"
 EQUAL_CAPTIONS = "rows that repeat a video and its caption, each pair of which is taken once"

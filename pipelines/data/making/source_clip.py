@@ -76,7 +76,7 @@ class Columns:
         caption_setting: How the caller spells the setting of the caption's name; empty where there
             is none.
         several: Take a list as the captions of one clip, and rows of one video as one clip;
-            otherwise the list is no caption and the row a clip whose id comes again.
+            otherwise the list is not a caption and the row a clip whose id comes again.
     """
 
     path: str | None = "path"

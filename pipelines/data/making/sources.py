@@ -94,7 +94,7 @@ def list_clips(
             prompts.
         columns: Names in manifests and JSON files.
         s3: How to speak to the server, where there is one.
-        skipped: Counts the files that are no part of a clip.
+        skipped: Counts the files that are not part of a clip.
 
     Yields:
         Clips, and rejections of rows and tars that name none.
@@ -167,7 +167,7 @@ def _refuse_columns(url: str, columns: Columns, *, is_text: bool) -> None:
 
 
 def _refuse_file(filesystem: AbstractFileSystem, root: str, url: str) -> None:
-    """Refuses a single file that is no list of clips; a folder may have a dot in its name."""
+    """Refuses a single file that is not a list of clips; a folder may have a dot in its name."""
     with data_errors(f"opening {url}"):
         if not filesystem.isfile(root):
             return

@@ -4,7 +4,7 @@
     s3://bucket/prefix   s3fs; endpoint and keys from the usual AWS variables, never from settings
 
 A folder on S3 is asked for one key as soon as it is opened, so that wrong keys, a missing bucket or
-a server that is down are told before anything starts. No error shows a key.
+a server that is down are reported before anything starts. No error shows a key.
 """
 
 import errno
@@ -167,7 +167,7 @@ def data_error(attempted: str, error: BaseException) -> DataError:
 
 
 def _diagnoses(error: BaseException, text: str) -> Iterator[tuple[bool, str, str]]:
-    """(is it this?, what was expected, what to do); the first that fits is told."""
+    """(is it this?, what was expected, what to do); the first that fits is reported."""
     number = error.errno if isinstance(error, OSError) else None
     yield (
         isinstance(error, boto.HTTPClientError | boto.BotoCoreError) and "checksum" in text,

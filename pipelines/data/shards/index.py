@@ -6,7 +6,7 @@
 Commands that write shards write it last, so its presence says that the set is whole; a folder
 `_progress` without it, that the command which fills the set has not come to its end. Paths are
 relative to the folder, which may be moved or mirrored. The index is trusted: after a shard was
-added or taken away by hand, delete it or let `sgmd check --write-index` write it anew. Shards
+added or taken away by hand, delete it or let `sgmd check --write-index` rewrite it. Shards
 without rows, as Spark writes them, are named with no rows, and `num_empty` counts them.
 """
 
@@ -33,7 +33,7 @@ class Shard:
     Attributes:
         path: Relative to the folder, with forward slashes.
         num_bytes: Size of the file.
-        rows: Rows of each row group; None until an index or the footer has told.
+        rows: Rows of each row group; None until an index or the footer has been read.
     """
 
     path: str

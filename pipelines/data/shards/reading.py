@@ -89,7 +89,7 @@ def fetch(
         s3: Requests to an S3 server: tries and times.
 
     Returns:
-        For each range its bytes, or why they are not to be had: the file is gone, is too short, or
+        For each range its bytes, or why they could not be read: the file is gone, is too short, or
         is not served although another file is.
 
     Raises:

@@ -156,7 +156,7 @@ def from_parquet(data: bytes) -> list[tuple[Rejection, int | None]]:
     """Reads what `to_parquet` wrote, now or in an earlier version: entries and their iterations.
 
     Raises:
-        OSError: These are no such bytes.
+        OSError: These are not such bytes.
         pyarrow.ArrowException: As above.
         KeyError: A column is missing.
     """

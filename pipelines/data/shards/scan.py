@@ -3,8 +3,8 @@
     scan_folder: listing -> a thousand footers at a time -> ScannedShard
     open_shards: shards that are listed already       -> ScannedShard
 
-A part without rows or without a byte, as Spark writes them, is no fault: it is counted, and no row
-is missing. `_SUCCESS`, `.crc` and the like are no shards and are not listed.
+A part without rows or without a byte, as Spark writes them, is not a fault: it is counted; no row
+is missing. `_SUCCESS`, `.crc` and the like are not shards and are not listed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

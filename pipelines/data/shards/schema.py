@@ -33,7 +33,7 @@ TEXT_EMBEDS = "text_embeds"
 REQUIRED_COLUMNS = (SAMPLE_ID, CAPTION)
 ENCODING_KEY = b"sgmd.encoding"
 FAULTS_KEY = b"sgmd.faults"
-"""Metadata of shards made of a file of captions: why a row of the file is no caption."""
+"""Metadata of shards made of a file of captions: why a row of the file is not a caption."""
 
 QUARANTINE_NAME = "quarantine.parquet"
 """Beside the shards that a command wrote: what it did not take."""

@@ -42,7 +42,7 @@ def unpack_latents(stored: bytes, encoding: Encoding) -> Tensor:
     """Latents (channels, frames, rows, columns) in their stored type.
 
     Raises:
-        DataError: These bytes are no latents of that shape.
+        DataError: These bytes are not latents of that shape.
     """
     if len(stored) != encoding.latent_bytes:
         raise _not_latents(len(stored), encoding)
@@ -53,7 +53,7 @@ def unpack_all_latents(stored: pa.ChunkedArray, encoding: Encoding) -> Tensor:
     """Latents of many samples (b, channels, frames, rows, columns) in their stored type.
 
     Raises:
-        DataError: They are no latents of that shape.
+        DataError: They are not latents of that shape.
     """
     kind = torch_dtype(encoding.dtype)
     latents = torch.empty(len(stored), *encoding.latent_shape, dtype=kind)
@@ -69,7 +69,7 @@ def unpack_text(stored: bytes, encoding: Encoding) -> Tensor:
     """An embedding (positions, width) in its stored type, with the zeros at its end.
 
     Raises:
-        DataError: These bytes are no embedding of that shape.
+        DataError: These bytes are not an embedding of that shape.
     """
     positions, width = encoding.text_shape
     row_bytes = width * encoding.item_bytes
@@ -89,7 +89,7 @@ def unpack_rows(stored: bytes, encoding: Encoding) -> NDArray[np.float32]:
     """An embedding (rows, width) in float32, without the zeros at its end.
 
     Raises:
-        DataError: These bytes are no embedding of that shape.
+        DataError: These bytes are not an embedding of that shape.
     """
     padded = unpack_text(stored, encoding)
     num_rows = len(stored) // (encoding.text_shape[1] * encoding.item_bytes)

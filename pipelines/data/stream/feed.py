@@ -48,15 +48,16 @@ pc: Any = pyarrow.compute
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """Settings that fix a stream, and its bounds.
+    """Settings of a stream of samples: its source, order and limits.
 
     Attributes:
-        source: The folder and what is wanted of it.
-        seed: The run's seed; None: rows come as they are stored.
-        shuffle: How well rows are mixed.
-        max_bad_fraction: Share of the rows that may be unusable before the stream ends.
-        ahead: How far Ray Data reads ahead; None reads in this process, a window ahead.
-        weight: Of this set among several.
+        source: The folder, and the columns to read.
+        seed: Seed of the order; None: rows come as they are stored.
+        shuffle: Sizes of the blocks that are shuffled.
+        max_bad_fraction: Share of the rows that may be unusable; above it the stream ends with an
+            error.
+        ahead: Read with Ray Data, as far ahead as this says; None reads in this process.
+        weight: Weight of this set among several.
         further: The other sets, with their weights; see `pipelines.data.stream.mixing`.
         ends: Rows beyond those that are announced to the feed are not even read.
         distinct: A row whose id an earlier one of its epoch has is left out.
@@ -106,16 +107,16 @@ class FeedProgress:
 
 
 class Feed(BatchFeed):
-    """The batches of one set, in the plan's order.
+    """Batches of one set of shards, in a seeded order, from any position on.
 
-    Reading begins at once where it is Ray Data's.
-    Where Ray Data reads, close the feed (or use it in `with`) before Ray is shut down.
+    `take` returns the next rows and the position after them. With `settings.ahead`, Ray Data reads
+    from now on: close the feed (or use it in `with`) before Ray is shut down.
 
     Args:
-        settings: What is streamed.
-        progress: Where the run stands.
-        num_rows: Rows that the rest of the run will take; more may be taken, unless the stream
-            ends with them.
+        settings: Source, order and limits of the stream.
+        progress: Position to start from; `FeedProgress()` is the beginning.
+        num_rows: Rows that the rest of the run will take. More may be taken, unless
+            `settings.ends`.
     """
 
     def __init__(self, settings: StreamSettings, progress: FeedProgress, num_rows: int) -> None:

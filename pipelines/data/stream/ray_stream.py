@@ -46,9 +46,9 @@ Ts = TypeVarTuple("Ts")
 TASK = "task"
 WINDOW = "window"
 
-_FIRST_STRETCH = 8
-_STRETCH_GROWTH = 4
-_LONGEST_STRETCH = 2048
+_FIRST_EXECUTION = 8
+_EXECUTION_GROWTH = 4
+_LONGEST_EXECUTION = 2048
 _READER_CPUS = 0.25
 _CLOSE_TIMEOUT_S = 10.0
 # For its first second Ray Data gives an execution one task at a time; so many windows bridge it.
@@ -107,7 +107,7 @@ class RayDataReader:
         self._source = source
         self._ahead = ahead
         self._rows_left = num_rows
-        self._size = _FIRST_STRETCH
+        self._size = _FIRST_EXECUTION
         # At most the one that is handed out and the one that comes next.
         self._executions: list[Future[_Execution]] = []
         self._windows = self._hand_out()
@@ -147,7 +147,7 @@ class RayDataReader:
     def _start_another(self) -> None:
         args = (self._plan, self._source, self._ahead, self._size, max(1, self._rows_left))
         self._executions.append(_in_background(_start, *args))
-        self._size = min(self._size * _STRETCH_GROWTH, _LONGEST_STRETCH)
+        self._size = min(self._size * _EXECUTION_GROWTH, _LONGEST_EXECUTION)
 
 
 def _close(executions: Sequence["Future[_Execution]"]) -> None:
@@ -384,7 +384,7 @@ def raise_fault(block: pa.Table) -> None:
 
 
 def fault_in(block: pa.Table) -> DataError | None:
-    """The error that a block stands for, if it is no lines."""
+    """The error that a block stands for, if it is not lines."""
     if not block.num_rows or block.column(ROW)[0].as_py() != _FAULT:
         return None
     return DataError(*cast("list[Any]", json.loads(block.column(REASON)[0].as_py())))

@@ -20,13 +20,14 @@ Decode = Callable[[bytes, float], NDArray[np.uint8]]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Address of rows, and what is wanted of them.
+    """A set of shards, and the columns to read of it.
 
     Attributes:
-        url: The folder.
-        s3: How to speak to its server.
-        columns: What to read besides ids and captions: `text_embeds`, `latents`, `video`, `fps`.
-        encoding: What latents and embeddings must be; None where they are not read.
+        url: The folder: a path, or an address such as s3://bucket/clips.
+        s3: Settings of the connection to an S3 server.
+        columns: Columns to read in addition to ids and captions: `text_embeds`, `latents`,
+            `video`, `fps`.
+        encoding: Required shape and origin of latents and embeddings; None if they are not read.
         max_caption_chars: Longer captions are rejected.
         names: Names that the caller gives for the set's columns.
         settled: Names that its first shards have; None until they are read.

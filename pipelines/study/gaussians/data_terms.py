@@ -124,7 +124,7 @@ class MemberDiscriminator:
         velocity_teacher: Latents,
         draws: MemberDraws,
     ) -> Tensor:
-        """Term of the generators' loss; gathers the heads' own gradient.
+        """Term of the generators' loss; accumulates the heads' own gradient.
 
         Args:
             query: Samples and the noise that they are looked at through; `x0` is a leaf.
@@ -149,7 +149,7 @@ class MemberDiscriminator:
         return self._term.generator_loss(self._heads(made, sigma, query.text)).value
 
     def step(self) -> None:
-        """One update of the heads by the gathered gradients."""
+        """One update of the heads by the accumulated gradients."""
         self._optimizer.step()
 
 

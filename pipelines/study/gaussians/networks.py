@@ -208,7 +208,7 @@ class MemberAdam:
         self._rates = torch.tensor(rates)[:, None, None]
 
     def step(self, multiple: float = 1.0) -> None:
-        """Takes one step along the gathered gradients, and drops them.
+        """Takes one step along the accumulated gradients, and drops them.
 
         Args:
             multiple: Of every member's rate.

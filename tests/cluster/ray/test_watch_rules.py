@@ -183,7 +183,12 @@ RAYS = "The actor is dead because its worker process has died. Worker exit type:
     ("words", "lines", "more_kills", "cause"),
     [
         ("SYSTEM_ERROR code 2. End of file.", (), 0, "it ended without a word, as after SIGKILL"),
-        ("SYSTEM_ERROR code 2. End of file.", (), 1, "the system ended it for want of main memory"),
+        (
+            "SYSTEM_ERROR code 2. End of file.",
+            (),
+            1,
+            "the system ended it because main memory ran out",
+        ),
         ("NODE_OUT_OF_MEMORY", (), 0, "Ray ended it because its machine ran low on memory"),
         ("SYSTEM_ERROR exits with an exit code 3.", (), 0, "it ended itself with exit code 3"),
         (

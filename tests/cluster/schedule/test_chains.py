@@ -7,7 +7,7 @@ import pytest
 
 from cluster.schedule.chains import join_calls
 from cluster.schedule.program import Home, Pass, Program, Stage, Team, Update
-from cluster.schedule.schedule import GATHER, STEP, Call, order_calls
+from cluster.schedule.schedule import REPORT, STEP, Call, order_calls
 from cluster.schedule.simulate import Costs, by_stage, simulate
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from tests.cluster.schedule.test_dealing import MAPS, SIZES, WORK, calls_of, each_program
@@ -18,7 +18,7 @@ UNEVEN = {(role, stage): 1.0 + 0.37 * at for at, (role, stage) in enumerate(WORK
 
 def words(calls: list[Call], teams: dict[str, Team]) -> list[str]:
     """The chains of the first ranks, by their stages."""
-    names = {GATHER: "report"}
+    names = {REPORT: "report"}
     return [
         " ".join(
             names.get(call.stage, call.stage)
@@ -49,8 +49,8 @@ def test_what_another_process_waits_for_is_not_kept_back():
     stages = (
         Stage("make", "maker", keeps_until="learn", fed=True),
         Stage("look", "judge", ("make",)),
-        Stage("note", "judge", ("make",), gathers=True),
-        Stage("learn", "maker", ("look",), gathers=True),
+        Stage("note", "judge", ("make",), accumulates=True),
+        Stage("learn", "maker", ("look",), accumulates=True),
     )
     program: Program = (Pass(stages), Update(("maker", "judge")))
     teams = {"maker": Team(), "judge": Team()}
@@ -112,4 +112,4 @@ def test_what_a_call_costs_is_paid_once_a_chain():
 
 def test_roles_without_known_processes_are_asked_call_by_call():
     calls = order_calls((Pass((Stage("a", "x"),)), Update(("x",))), {"x": Team()}, 2, 1)
-    assert [calls[place].stage for (place,) in join_calls(calls, {})] == ["a", "a", GATHER, STEP]
+    assert [calls[place].stage for (place,) in join_calls(calls, {})] == ["a", "a", REPORT, STEP]

@@ -8,11 +8,11 @@ import pytest
 
 from cluster.schedule.dealing import deal_pass
 from cluster.schedule.program import Home, Pass, Stage, Team
-from cluster.schedule.schedule import GATHER, STEP, Call, order_calls
+from cluster.schedule.schedule import REPORT, STEP, Call, order_calls
 from cluster.schedule.simulate import Costs, by_stage, simulate
 from cluster.schedule.staleness import staleness
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
-from tests.cluster.schedule.test_schedule import PROGRAMS, by_process, gathering
+from tests.cluster.schedule.test_schedule import PROGRAMS, accumulating, by_process
 from tests.helpers.kept_graphs import graphs_kept
 
 WORK = {
@@ -123,7 +123,7 @@ def test_gradients_are_gathered_in_the_order_of_roles_with_processes_of_their_ow
 
 
 def marks(calls: list[Call], name: str) -> list[tuple[object, ...]]:
-    wanted = gathering(name) | {GATHER, STEP}
+    wanted = accumulating(name) | {REPORT, STEP}
     return [(c.iteration, c.phase, c.stage, c.micro_batch) for c in calls if c.stage in wanted]
 
 

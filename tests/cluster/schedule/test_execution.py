@@ -11,7 +11,7 @@ import pytest
 from cluster.local import LocalWorkerGroup
 from cluster.schedule.execution import IterationResult, execute_schedule
 from cluster.schedule.program import Pass, Program, Stage, Team, Update, WeightTransfer
-from cluster.schedule.schedule import GATHER, STEP, Call, order_calls
+from cluster.schedule.schedule import REPORT, STEP, Call, order_calls
 from cluster.spans import Label
 from cluster.worker_group import Future
 from tests.cluster.toys import WAIT_S, Letters
@@ -21,7 +21,7 @@ PROGRAM: Program = (
         (
             Stage("make", "maker", keeps_until="learn"),
             Stage("look", "judge", ("make",)),
-            Stage("learn", "maker", ("look",), gathers=True),
+            Stage("learn", "maker", ("look",), accumulates=True),
         )
     ),
     Update(("maker",)),
@@ -137,7 +137,7 @@ def test_a_failure_is_told_as_itself_and_nothing_is_updated():
 
 def test_a_report_that_is_refused_stops_before_the_update():
     stand = Stand()
-    stand.refused = GATHER
+    stand.refused = REPORT
     with pytest.raises(ArithmeticError, match="maker"):
         stand.run()
     assert not any(STEP in hand.done for hand in stand.groups["maker"]._workers)
@@ -205,7 +205,7 @@ def test_what_a_rank_makes_that_stands_in_is_no_report_where_others_are_handed_o
         for role, team in teams.items()
     }
     (result,) = execute_schedule(calls, stand.groups, stand.ask, stand.on_report, WAIT_S)
-    assert {call.stage for call, _ in result.reports} == {"learn", GATHER, STEP, "copy", "show"}
+    assert {call.stage for call, _ in result.reports} == {"learn", REPORT, STEP, "copy", "show"}
     # It has worked all the same, for the collectives of the others.
     standing = [(call.stage, call.rank) for call in calls if call.stands_in]
     assert sorted(standing) == [("learn", 2), ("look", 2), ("make", 2)]

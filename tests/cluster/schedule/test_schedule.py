@@ -8,7 +8,7 @@ import pytest
 
 from cluster.errors import ScheduleError
 from cluster.schedule.program import Pass, Stage, Team, Update, partition_samples, pass_order
-from cluster.schedule.schedule import GATHER, STEP, Call, order_calls
+from cluster.schedule.schedule import REPORT, STEP, Call, order_calls
 from cluster.schedule.staleness import staleness
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.stages.algorithm import iteration_program
@@ -68,9 +68,9 @@ def calls_of(name: str, number: int, micro_batches: int, depth: int, stale: int)
     )
 
 
-def gathering(name: str) -> set[str]:
+def accumulating(name: str) -> set[str]:
     passes = [part for part in PROGRAMS[name] if isinstance(part, Pass)]
-    return {stage.name for part in passes for stage in part.stages if stage.gathers}
+    return {stage.name for part in passes for stage in part.stages if stage.accumulates}
 
 
 def by_process(calls: list[Call]) -> dict[tuple[str, int], list[Call]]:
@@ -138,7 +138,7 @@ def test_gradients_are_gathered_in_one_order_whatever_depth_and_teams(name, micr
             marks = [
                 (call.iteration, call.phase, call.stage, call.micro_batch)
                 for call in own
-                if call.stage in gathering(name) | {GATHER, STEP}
+                if call.stage in accumulating(name) | {REPORT, STEP}
             ]
             orders[role].add(tuple(marks))
     judges = {DISCRIMINATOR: 1} if name.startswith("comparing") else {}
@@ -154,7 +154,7 @@ def test_only_what_runs_ahead_of_a_late_update_is_stale(name):
         ahead = {
             (call.role, call.stage)
             for call, updates in zip(calls, behind, strict=True)
-            if updates and call.stage not in (GATHER, STEP)
+            if updates and call.stage not in (REPORT, STEP)
             if call.phase == 0
         }
         if not stale:
@@ -320,7 +320,7 @@ def test_the_second_call_about_a_micro_batch_finds_the_copy_that_kept_it():
 def test_an_update_of_several_roles_waits_until_all_have_gathered_soundly():
     calls = calls_of("shared", 2, 2, 2, 0)
     steps = [place for place, call in enumerate(calls) if call.stage == STEP]
-    reports = [place for place, call in enumerate(calls) if call.stage == GATHER]
+    reports = [place for place, call in enumerate(calls) if call.stage == REPORT]
     assert set(calls[steps[0]].waits_for) == set(reports[:3])
     beginning = next(place for place, call in enumerate(calls) if call.iteration == 1)
     assert set(calls[beginning].waits_for) == set(steps[:3])

@@ -26,7 +26,7 @@ DATA = ("data.train=train", "data.validation=held_out", "validation.num_captions
 
 
 def pretrain_with(change: str) -> tuple[str, ...]:
-    """A command whose settings are right but for one."""
+    """A command whose settings are right except for one."""
     settings = {
         "world.train": "train",
         "world.held_out": "held_out",

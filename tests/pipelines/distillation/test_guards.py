@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cluster.local import LocalWorkerGroup
-from cluster.schedule.schedule import GATHER, STEP, Call
+from cluster.schedule.schedule import REPORT, STEP, Call
 from pipelines.config.guards import GuardSettings
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.guards import UpdateGuard
@@ -45,9 +45,9 @@ class _Run:
         """Roles that skip; writes the line of metrics.jsonl."""
         iteration, norms = len(self.lines), {GENERATOR: generator, FAKE_SCORE: fake_score}
         skipping: list[str] = []
-        for stage in (GATHER, STEP):
+        for stage in (REPORT, STEP):
             calls = {role: Call(iteration, 1, role, 0, stage, None, (0, 0)) for role in norms}
-            if stage == GATHER:
+            if stage == REPORT:
                 for role, norm in norms.items():
                     report = GradientReport(norm, norm == norm and abs(norm) != float("inf"))
                     self.guard.inspect(calls[role], report, ("a", "b"))
@@ -158,7 +158,7 @@ def test_a_role_that_has_stepped_keeps_its_update_and_one_that_has_not_skips() -
     for first, second, expected in ((1.0, NAN, [FAKE_SCORE]), (NAN, 1.0, BOTH)):
         guard = _Run().guard
         for role, norm in ((GENERATOR, first), (FAKE_SCORE, second)):
-            gather, step = (Call(0, 1, role, 0, stage, None, (0, 0)) for stage in (GATHER, STEP))
+            gather, step = (Call(0, 1, role, 0, stage, None, (0, 0)) for stage in (REPORT, STEP))
             guard.inspect(gather, GradientReport(norm, norm == norm), ())
             guard.skips(step)
         (skipped,) = guard.skipped_in(0)

@@ -25,7 +25,7 @@ STILL = 0.1
 
 
 class Judge:
-    """Validates, but for the iterations that it fails at."""
+    """Validates, except for the iterations that it fails at."""
 
     def __init__(self) -> None:
         self.fails: dict[int, Exception] = {}

@@ -323,7 +323,7 @@ class TestFiles:
     def test_the_teacher_is_sampled_once_and_the_generator_every_time(self, evaluation, place):
         again = run_evaluation(place, place / "result")
         assert [row.remembered for row in again.rows] == [True] * 4 + [False]
-        # Seconds of another command are no measure of this machine.
+        # Seconds of another command are not a measure of this machine.
         seconds = [row.measures["seconds_per_clip"].ratio for row in again.rows]
         assert seconds == [None] * 5
         timed = {"seconds_per_clip": True, "remembered": True, "measures": {"seconds_per_clip"}}
@@ -431,7 +431,7 @@ class TestRuns:
         plan_evaluation(run.root, None, None, None, None, OPTIONS)
         (weights,) = (teacher / "transformer").glob("*.safetensors")
         save_file({name: 1.05 * value for name, value in load_file(weights).items()}, weights)
-        # Written anew, with its own digests, as another training would.
+        # Rewritten, with its own digests, as another training would.
         write_inference_settings(teacher, read_inference_settings(teacher))
         after = model_digests(teacher)
         with pytest.raises(ModelFolderError, match="--teacher") as caught:

@@ -192,7 +192,7 @@ class TestClips:
         clip = finished / "samples" / "evaluation" / "2-1.mp4"
         clip.write_bytes(clip.read_bytes()[:400])
         shown = page(finished)
-        assert "evaluation/2-1.mp4 is missing or is no video" in shown.warnings
+        assert "evaluation/2-1.mp4 is missing or is not a video" in shown.warnings
         assert shown.tags.count("video") == 5
 
     def test_a_run_without_clip_files_shows_its_looping_sheet(self, finished):
@@ -425,7 +425,7 @@ class TestRunFromElsewhere:
         content["sheet_png"] = "sheet.svg"
         path.write_text(json.dumps(content))
         text = write_report([finished]).read_text()
-        assert "sheet.svg is left out: it is no PNG, GIF, JPEG or MP4" in text
+        assert "sheet.svg is left out: it is not a PNG, GIF, JPEG or MP4" in text
         assert "onload" not in text
 
 

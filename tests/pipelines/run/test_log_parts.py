@@ -55,7 +55,7 @@ def write(log: LogParts, file: Path, files: Dying) -> list[bytes]:
     file.write_bytes(b"")
     for step in range(6):
         if step == 3:
-            # A resume writes the log anew.
+            # A resume writes the log again.
             kept = file.with_name("draft")
             kept.write_bytes(b"0 again\n")
             kept.replace(file)

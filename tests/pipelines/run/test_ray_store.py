@@ -99,6 +99,6 @@ def test_a_file_that_was_interrupted_on_the_way_is_not_sent(tmp_path: Path):
     try:
         raise KeyError
     except KeyError:
-        # An error from before is no reason.
+        # An error from before is not a reason.
         copy(pyarrow.fs.LocalFileSystem())
     assert memory.cat_file(f"{path}/a") == b"x" * 100

@@ -112,4 +112,4 @@ def test_keys_that_lead_out_of_the_folder_are_left_and_told(tmp_path, monkeypatc
         server.stop()
     assert sorted(here) == [".held", "config.yaml"]
     assert not outside.parent.exists()
-    assert "Left 5 objects at keys/x that are no files inside of it" in caplog.text
+    assert "Left 5 objects at keys/x that are not files inside of it" in caplog.text

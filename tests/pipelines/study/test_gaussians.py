@@ -390,7 +390,7 @@ def test_a_sample_wider_than_the_hidden_layers_can_be_learned():
 
 
 def test_a_variant_that_breaks_at_every_rate_is_a_row(tmp_path: Path):
-    """So far apart that the squares of the teacher's distances are no numbers."""
+    """So far apart that the squares of the teacher's distances are not numbers."""
     config = recipe(
         f"output={tmp_path}",
         "worlds={ring: {dim: 2, radius: 1.0e+30, forwards: 100}}",

@@ -148,7 +148,7 @@ class TestGoodSets:
             (tmp_path / name).write_bytes(b"")
         report = check_shards(str(tmp_path), HERE)
         assert report.num_rows == 4
-        assert report.others.startswith("2 files that are no .parquet and are not read")
+        assert report.others.startswith("2 files that are not .parquet and are not read")
         assert report.others.endswith("such as c.parq")
         (tmp_path / "c.parq").unlink()
         (tmp_path / "d.parquet.gz").unlink()

@@ -179,7 +179,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch
 def test_prompts_are_read_in_the_order_of_their_file_or_refused(tmp_path):
     assert read_prompts(str(write(tmp_path / "prompts.csv"))) == CAPTIONS
     (tmp_path / "bad.txt").write_bytes(b"a red circle\n\xff\n")
-    with pytest.raises(DataError, match="1 rows that are no caption"):
+    with pytest.raises(DataError, match="1 rows that are not captions"):
         read_prompts(str(tmp_path / "bad.txt"))
 
 

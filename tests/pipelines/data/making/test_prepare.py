@@ -656,7 +656,7 @@ def test_captions_are_found_by_their_usual_names(tmp_path, kind, column):
 def test_json_files_beside_videos_have_one_field_for_all_of_them(tmp_path, processes):
     video = video_file(grey_frames([50, 100]))
     files = {
-        "a": {"prompt": "x", "text": "y"},  # settles nothing, and is no caption by itself
+        "a": {"prompt": "x", "text": "y"},  # settles nothing, and is not a caption by itself
         "b": ["one of a list"],
         "c": {"text": "three"},
         "d": {"caption": "SALE"},

@@ -125,7 +125,7 @@ class TestFolder:
             "caption files without a video of the same name up to the last dot": 2,
             "manifests beside other files, which are not read": 1,
             ".zip archives that are not read": 1,
-            "members of tars that are no files and name no clip": 1,
+            "members of tars that are not files and name no clip": 1,
         }
         lines = "\n".join(kind.in_words() for kind in skipped.kinds)
         for example in ("source/link", "t.tar/i.png", "a.mp4 with a.txt, a.json", "c.zip"):

@@ -235,7 +235,7 @@ def test_a_page_in_place_of_a_listing_is_not_taken_for_an_empty_folder(
         thread.start()
         address = f"http://127.0.0.1:{portal.server_address[1]}"
         use_server({**keys, "AWS_ENDPOINT_URL": address}, monkeypatch)
-        with pytest.raises(DataError, match=r"is no S3 server.*Check AWS_ENDPOINT_URL"):
+        with pytest.raises(DataError, match=r"is not an S3 server.*Check AWS_ENDPOINT_URL"):
             open_folder("s3://clips/set", QUICK)
         portal.shutdown()
         thread.join()
