@@ -88,6 +88,10 @@ def _forked(address: str, command: list[str], variables: dict[str, str]) -> bool
             if not _is_answered(server, Path(address).with_name(SERVER)):
                 return False
             server.settimeout(None)
+            # From here on the server alone may start the process; before, it waits for this word.
+            server.sendall(b"1")
+            if not server.recv(1):
+                return False
             # The forked process holds the other end until it ends.
             server.recv(1)
             return True

@@ -185,8 +185,10 @@ def _serve(listener: socket.socket) -> dict[str, Any] | None:
         streams: list[int] = []
         try:
             request = _receive(connection, streams)
-            if _has_gone(connection):
-                raise ConnectionError("the client has started its process by itself")
+            connection.sendall(b"1")
+            # One that has waited too long starts its process by itself, and must not get another.
+            if not connection.recv(1):
+                raise ConnectionError("the client has gone")
             if os.fork() == 0:
                 with _ending_on_error():
                     listener.close()
@@ -225,12 +227,6 @@ def _receive(connection: socket.socket, streams: list[int]) -> dict[str, Any]:
             raise ConnectionError("the client has gone")
         left -= len(parts[-1])
     return json.loads(b"".join(parts))
-
-
-def _has_gone(connection: socket.socket) -> bool:
-    """Returns True if a client whose request has been read whole waits no longer."""
-    ready, _, _ = select([connection], [], [], 0.0)
-    return bool(ready) and not connection.recv(1, socket.MSG_PEEK)
 
 
 def _become_worker(request: Mapping[str, Any]) -> None:

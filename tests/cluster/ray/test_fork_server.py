@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
@@ -22,6 +24,25 @@ from tests.cluster.toys import WAIT_S
 from tests.helpers.forked_python import PYTHON, forked_python
 
 SHOWN = "import sys; print(sys.argv[1:], 'torch' in sys.modules)"
+
+
+def send_request(
+    server: socket.socket, python: Path, request: Mapping[str, object], stream: int
+) -> None:
+    """Sends what a client does, with one file for all standard streams."""
+    body = json.dumps(request).encode()
+    server.connect(str(python.with_name("socket")))
+    socket.send_fds(server, [len(body).to_bytes(8, "big")], [stream] * 3)
+    server.sendall(body)
+    server.settimeout(WAIT_S)
+
+
+def wait_until_all_have_ended(server: int) -> None:
+    """Waits until a server has no process of those that it has forked."""
+    end_s = time.monotonic() + WAIT_S
+    while psutil.Process(server).children():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
 
 
 @ray.remote(num_cpus=0.1)
@@ -140,9 +161,32 @@ def test_while_its_server_is_stopped_a_worker_starts_as_always_and_once(tmp_path
             start()
         finally:
             os.kill(server, signal.SIGCONT)
-        # What has waited for the server meanwhile is not served once more.
+        # What has waited for the server meanwhile is not served once more: its request comes before
+        # this one, and a process that it got would be a child of the server.
         start()
+        wait_until_all_have_ended(server)
     assert ran.read_text().split() == ["True", "False", "True"]
+
+
+def test_a_client_that_goes_once_it_is_offered_a_process_gets_none(tmp_path):
+    script, ran = tmp_path / "default_worker.py", tmp_path / "ran"
+    script.write_text(f"open({str(ran)!r}, 'a').write('x')\n")
+    request = {
+        "arguments": [str(script)],
+        "environment": {},
+        "variables": {},
+        "folder": str(tmp_path),
+    }
+    with serve_forks(["colorsys"]) as python, (tmp_path / "told").open("w") as stream:
+        for accepts in (False, True):
+            with socket.socket(socket.AF_UNIX) as server:
+                send_request(server, python, request, stream.fileno())
+                assert server.recv(1) == b"1"
+                if accepts:
+                    server.sendall(b"1")
+                    assert (server.recv(1), server.recv(1)) == (b"1", b"")
+        wait_until_all_have_ended(int(python.with_name(SERVER).read_text()))
+    assert ran.read_text() == "x"
 
 
 @pytest.mark.slow
@@ -176,15 +220,13 @@ def test_a_worker_that_cannot_be_prepared_ends_and_serves_nobody(tmp_path):
     script = tmp_path / "default_worker.py"
     script.write_text("print('ran')\n")
     request = {"arguments": [str(script)], "environment": {}, "variables": {}, "folder": "/nowhere"}
-    body, told = json.dumps(request).encode(), tmp_path / "told"
+    told = tmp_path / "told"
     with serve_forks(["colorsys"]) as python:
         with socket.socket(socket.AF_UNIX) as server, told.open("w") as stream:
-            server.connect(str(python.with_name("socket")))
-            streams = [stream.fileno()] * 3
-            socket.send_fds(server, [len(body).to_bytes(8, "big")], streams)
-            server.sendall(body)
-            server.settimeout(WAIT_S)
-            # Its server's answer, and the end of the process.
+            send_request(server, python, request, stream.fileno())
+            assert server.recv(1) == b"1"
+            server.sendall(b"1")
+            # A process was forked, and has ended.
             assert (server.recv(1), server.recv(1)) == (b"1", b"")
         after = subprocess.run([str(python), str(script)], capture_output=True, text=True)
     assert "FileNotFoundError" in told.read_text()
