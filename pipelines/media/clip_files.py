@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.files import kind_of_path, write_whole
+from cluster.errors import StorageError
+from cluster.files import kind_of_path, require_file, write_whole
 from cluster.storage import write_json
 from pipelines.media.video import Pixels, encode_for_players
 from sgmd_core.errors import DataError
@@ -100,13 +101,14 @@ def read_clip_files(folder: Path) -> ClipFiles | None:
     if not kind_of_path(path):
         return None
     try:
+        require_file(path)
         content = json.loads(path.read_text(encoding="utf-8"))
         prompts = tuple(str(prompt) for prompt in content["prompts"])
         columns = tuple(
             ClipColumn(str(entry["label"]), str(entry["note"]), tuple(map(str, entry["files"])))
             for entry in content["columns"]
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (StorageError, OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"reading {path}", f"no list of clips ({error})", "what a contact sheet writes"
         ) from error

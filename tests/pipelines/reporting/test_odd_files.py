@@ -1,5 +1,6 @@
 """A report shows the rest of a run in which something else stands in a file's place."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.helpers.runs import finish_run
     ("name", "put", "told"),
     [
         ("samples/evaluation/clips.json", Path.mkdir, "clips.json: no list of clips"),
+        ("samples/evaluation/clips.json", os.mkfifo, "clips.json: no list of clips"),
         (
             "samples/evaluation/clips.json",
             lambda path: path.symlink_to("nowhere"),
