@@ -1,7 +1,7 @@
 """The rule that says which captions can be used: in prepare, check, encode and training alike.
 
-A caption is text in UTF-8 of which something can be seen, and has no more characters than allowed;
-blanks around it do not count.
+A caption is text in UTF-8 of more than blanks, control and format characters, and has no more
+characters than allowed; blanks around it do not count.
 """
 
 import unicodedata
@@ -23,9 +23,10 @@ _INVISIBLE = ("Cc", "Cf")
 
 
 def is_blank(text: str) -> bool:
-    """Returns True if nothing of a text can be seen: blanks of any kind, invisible characters.
+    """Returns True if a text has nothing but blanks of any kind, control and format characters.
 
-    Pipelines drop most of them, so the networks would see the empty caption.
+    Pipelines drop most of them, so the networks would see the empty caption. Letters and marks that
+    show nothing, such as U+3164 and U+FE0F, count as text.
     """
     return all(char.isspace() or unicodedata.category(char) in _INVISIBLE for char in text)
 
