@@ -179,7 +179,7 @@ def _first_times(run: StormyRun) -> dict[int, float]:
 
 
 def differences(stormy: StormyRun, calm: StormyRun) -> list[str]:
-    """Whatever the stormy run has not as the calm one has it, by name."""
+    """Names of all that the stormy run has not as the calm one has it."""
     found: list[str] = []
     last = f"step-{stormy.num_iterations:06d}"
     folders = [run.run_folder.checkpoints / last for run in (calm, stormy)]
@@ -254,7 +254,7 @@ def compare(ride: Ride, stormy: StormyRun, calm: StormyRun) -> dict[str, Any]:
 
 
 def problems(storms: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Whatever must not be in storms, as `compare` returns them, by name of the run."""
+    """Findings that must not be in storms, as `compare` returns them, by name of the run."""
     found: list[str] = []
     for name, storm in storms.items():
         found += [f"{name}: {what} differs" for what in storm["differences"]]

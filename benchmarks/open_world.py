@@ -111,7 +111,7 @@ def first_of(clips: MeasuredClips, count: int) -> MeasuredClips:
 
 
 def read(clips: MeasuredClips) -> OpenReading:
-    """What is read of clips of the open world."""
+    """Readings of clips of the open world."""
     assert isinstance(clips.reading, OpenReading)
     return clips.reading
 
@@ -125,7 +125,7 @@ def distances(own: MeasuredClips, reference: MeasuredClips) -> Figures:
 
 
 def shown(own: MeasuredClips, captions: list[str]) -> Figures:
-    """What the clips of a set show, and the share that is as their captions say."""
+    """Means over the clips of a set, and the share that is as their captions say."""
     reading = read(own)
     motion, scores = motion_of(reading), score_reading(reading, captions)
     return {
