@@ -59,7 +59,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 LAYOUT = one_denoiser_layout(_PIPELINE_CLASS, CLASSES[TRANSFORMER][1])
-RELEASED_GEOMETRY = ClipGeometry(128, temporal_factor=8, spatial_factor=32)
+LTX_GEOMETRY = ClipGeometry(128, temporal_factor=8, spatial_factor=32)
 
 
 def require_ltx_index(folder: Path) -> None:
@@ -145,7 +145,7 @@ def ltx_geometry(folder: Path, denoiser: Mapping[str, Any]) -> ClipGeometry:
     if os.path.lexists(folder / VAE / CONFIG_FILE):
         return clip_geometry(read_ltx_component(folder, VAE))
     channels = denoiser["in_channels"]
-    return geometry_as_released(folder, VAE, channels, (1, 1, 1), [RELEASED_GEOMETRY])
+    return geometry_as_released(folder, VAE, channels, (1, 1, 1), [LTX_GEOMETRY])
 
 
 def _require_released_kind(part: Path, config: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from workers.models.ltx_configs import (
     FRAME_RATE,
     LAYOUT,
     LTX,
-    RELEASED_GEOMETRY,
+    LTX_GEOMETRY,
     REMEDY,
     TEXT_ENCODER,
     TOKENIZER,
@@ -107,7 +107,7 @@ _TRAITS = FamilyTraits(
     released={
         "ltx-2b": ModelShape(
             ltx_shape(num_layers=28, width=2048, text_width=4096, channels=128),
-            RELEASED_GEOMETRY,
+            LTX_GEOMETRY,
             # T5-XXL's encoder, and AutoencoderKLLTXVideo as it is released.
             EncoderSizes(text=4_762_310_656, autoencoder=419_193_649),
         )

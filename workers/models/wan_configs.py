@@ -68,9 +68,9 @@ EXPERTS_LAYOUT = replace(
 
 SAMPLED_PX = 16
 """Sides of clips are multiples of it in WanPipeline, whatever the networks take."""
-RELEASED_GEOMETRY = ClipGeometry(16, temporal_factor=4, spatial_factor=8, patch_size=(1, 2, 2))
+WAN_GEOMETRY = ClipGeometry(16, temporal_factor=4, spatial_factor=8, patch_size=(1, 2, 2))
 # The autoencoder of Wan 2.2's 5B packs 2 x 2 pixels into channels before it halves three times.
-WIDE_STRIDE_GEOMETRY = replace(RELEASED_GEOMETRY, latent_channels=48, spatial_factor=16)
+WIDE_STRIDE_GEOMETRY = replace(WAN_GEOMETRY, latent_channels=48, spatial_factor=16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +290,6 @@ def wan_geometry(folder: Path, channels: int, patch_size: tuple[int, int, int]) 
     Raises:
         ModelFolderError: No released Wan has so many channels.
     """
-    released = (RELEASED_GEOMETRY, WIDE_STRIDE_GEOMETRY)
+    released = (WAN_GEOMETRY, WIDE_STRIDE_GEOMETRY)
     found = geometry_as_released(folder, VAE, channels, patch_size, released)
     return replace(found, sampled_px=SAMPLED_PX)

@@ -26,8 +26,8 @@ from workers.models.wan_arithmetic import RELEASED_SHAPES, ExpertsShape, WanShap
 from workers.models.wan_configs import (
     EXPERTS_LAYOUT,
     LOW_NOISE,
-    RELEASED_GEOMETRY,
     TRANSFORMER,
+    WAN_GEOMETRY,
     read_component,
     require_alike,
     require_supported_index,
@@ -60,9 +60,7 @@ _TRAITS = replace(
     # Relatives are named by the family with one denoiser already.
     relatives={},
     released={
-        "a14b": ModelShape(
-            ExpertsShape(RELEASED_SHAPES["14b"]), RELEASED_GEOMETRY, RELEASED_ENCODERS
-        )
+        "a14b": ModelShape(ExpertsShape(RELEASED_SHAPES["14b"]), WAN_GEOMETRY, RELEASED_ENCODERS)
     },
     on_hub={"Wan2.2-T2V-A14B-Diffusers": "a14b"},
     exchange=_exchange,

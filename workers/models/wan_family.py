@@ -40,13 +40,13 @@ from workers.models.wan_arithmetic import RELEASED_SHAPES, WanShape
 from workers.models.wan_configs import (
     LAYOUT,
     OTHER_PIPELINES,
-    RELEASED_GEOMETRY,
     REMEDY,
     SAMPLED_PX,
     TOKENIZER,
     TRANSFORMER,
     VAE,
     WAN,
+    WAN_GEOMETRY,
     WIDE_STRIDE_GEOMETRY,
     read_component,
     refuse_original_release,
@@ -91,7 +91,7 @@ WAN_TRAITS = FamilyTraits(
         name: ModelShape(shape, geometry, encoders)
         for name, shape in RELEASED_SHAPES.items()
         for geometry, encoders in (
-            (RELEASED_GEOMETRY, RELEASED_ENCODERS),
+            (WAN_GEOMETRY, RELEASED_ENCODERS),
             (WIDE_STRIDE_GEOMETRY, _WIDE_STRIDE_ENCODERS),
         )
         if geometry.latent_channels == shape.in_channels
@@ -155,8 +155,8 @@ class WanFamily:
         vae = read_model_json(folder / VAE / CONFIG_FILE)
         geometry = ClipGeometry(
             shape.out_channels,
-            vae.get("scale_factor_temporal", RELEASED_GEOMETRY.temporal_factor),
-            vae.get("scale_factor_spatial", RELEASED_GEOMETRY.spatial_factor),
+            vae.get("scale_factor_temporal", WAN_GEOMETRY.temporal_factor),
+            vae.get("scale_factor_spatial", WAN_GEOMETRY.spatial_factor),
             shape.patch_size,
             SAMPLED_PX,
         )
