@@ -49,7 +49,7 @@ _OF_THE_SYSTEM = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENAMETOOLONG),
 )
-"""Numbers of errors that a disk or its rights give, wherever a command meets them."""
+"""Numbers of errors at a path that a disk or its rights give, wherever a command meets them."""
 
 
 def report_failure(

@@ -202,7 +202,7 @@ _CoreSchemaLoader.add_constructor(None, _refused)  # pyright: ignore[reportArgum
 
 
 def _quick_loader() -> type[_CoreSchemaLoader]:
-    """The same schema on the parser of libyaml, if there is one: it takes a tenth of the time."""
+    """The same schema on the parser of libyaml, if there is one: it takes less time."""
     if not yaml.__with_libyaml__:
         return _CoreSchemaLoader
 
