@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,14 +80,12 @@ def test_the_page_on_resuming_lists_the_keys_that_may_differ():
     assert re.findall(r"`([^`]+)`", listed) == list(MAY_CHANGE)
 
 
-COMMAND = re.compile(r"^(?:\\$ )?sgmd ((?:[^\\\n]|\\\\\n)+)", re.MULTILINE)
+COMMAND = re.compile(r"^(?:\$ )?sgmd ((?:[^\\\n]|\\\n)+)", re.MULTILINE)
 """A command at the beginning of a line, with the lines that it goes on in."""
 
 
 def test_commands_that_pages_show_have_these_options_and_keys():
-    options = {name: _options(command) for name, command in _all_commands()}
-    keys = {*known_keys(DistillConfig), *known_keys(PretrainConfig)}
-    parts = {".".join(key.split(".")[:end]) for key in keys for end in range(1, key.count(".") + 2)}
+    options, parts = _known()
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     shown = [
         (page.name, words)
@@ -97,6 +96,24 @@ def test_commands_that_pages_show_have_these_options_and_keys():
     assert len(shown) > 100
     wrong = [(page, words) for page, words in shown if _is_wrong(words, options, parts)]
     assert wrong == []
+
+
+@pytest.mark.parametrize("last", ["--nonsense 2", "batch.number=2"])
+def test_a_wrong_option_or_key_in_the_second_line_of_a_command_is_found(last):
+    right, wrong = COMMAND.findall(
+        f"$ sgmd distill tiny \\\n  --resume runs/a batch.size=2\nsgmd distill tiny \\\n  {last}\n"
+    )
+    assert not _is_wrong(right, *_known())
+    assert _is_wrong(wrong, *_known())
+
+
+@cache
+def _known():
+    """Options by command, and the keys of recipes with their sections."""
+    options = {name: _options(command) for name, command in _all_commands()}
+    keys = {*known_keys(DistillConfig), *known_keys(PretrainConfig)}
+    parts = {".".join(key.split(".")[:end]) for key in keys for end in range(1, key.count(".") + 2)}
+    return options, parts
 
 
 def _all_commands():
@@ -146,9 +163,27 @@ def test_messages_that_the_page_on_troubleshooting_quotes_are_those_of_the_code(
     assert sorted(piece for piece in pieces if piece not in text) == []
 
 
+def test_a_docstring_is_no_message():
+    source = 'def a():\n    """Told."""\n    raise ValueError(f"{a} said", "and meant")\n'
+    assert [*_literals_in(source)] == ["and meant", " said"]
+
+
 def _literals():
     for package in ("cluster", "pipelines", "workers", "sgmd_core"):
         for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    yield node.value
+            yield from _literals_in(path.read_text(encoding="utf-8"))
+
+
+def _literals_in(source):
+    """Texts in a source that are no docstrings."""
+    docstrings = set()
+    # Breadth first: a statement comes before the constant that it may consist of.
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr):
+            docstrings.add(node.value)
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node not in docstrings
+        ):
+            yield node.value
