@@ -247,10 +247,28 @@ def test_docstrings_begin_with_a_noun_or_a_verb():
 
 
 MAY_TAKE = re.compile(
-    r"(?<!\bself)(?<!\bcls)\._[a-z]|^\s*(?:from|import)\b.*\b_[a-z]|^\s+_\w+,",
+    r"(?<!\bself)(?<!\bcls)\._[a-z]|^\s*(?:from|import)\b.*\b_[a-z]"
+    r"|^\s+_\w+ *(?:[,)#]|as\b|$)",
     re.IGNORECASE | re.MULTILINE,
 )
 """Text in which a private name may be taken of something that is not the object or class itself."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from workers import _one",
+        "from workers import (\n    _one,\n)",
+        "from workers import (\n    _one as other,\n)",
+        "from workers import (\n    other,\n    _one\n)",
+        "from workers import (\n    _one  # why\n)",
+        "from workers import (\n    _one)",
+        "import workers\nworkers._one",
+    ],
+)
+def test_a_file_that_takes_a_private_name_is_parsed(text):
+    assert MAY_TAKE.search(text)
+    assert not MAY_TAKE.search(text.replace("_one", "one"))
 
 
 def test_nothing_takes_a_private_name_of_another_module():
