@@ -198,7 +198,7 @@ for _tag, _pattern, _first, _convert in _SCALARS:
     )
     _CoreSchemaLoader.add_constructor(_CORE + _tag, _scalar(_convert))
 # None stands for every tag without a constructor of its own; the stubs do not know it.
-_CoreSchemaLoader.add_constructor(None, _refused)  # pyright: ignore[reportArgumentType]  # pyright: ignore[reportArgumentType]
+_CoreSchemaLoader.add_constructor(None, _refused)  # pyright: ignore[reportArgumentType]
 
 
 def _quick_loader() -> type[_CoreSchemaLoader]:
