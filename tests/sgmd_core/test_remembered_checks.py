@@ -1,16 +1,21 @@
 """Types and shapes are still checked when a check like it was made before."""
 
-from collections.abc import Mapping, ValuesView
+import inspect
+from collections.abc import Iterator, Mapping, ValuesView
 from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import walk_packages
 from types import MappingProxyType
 from typing import Any, Literal
 
 import pytest
 import torch
 from beartype import beartype
+from beartype.roar import BeartypeException
 from jaxtyping import Float
 from torch import Tensor
 
+import sgmd_core
 from sgmd_core.seeds import random_generator
 from sgmd_core.types import per_sample
 from tests.helpers import remembered_checks
@@ -163,3 +168,36 @@ def test_the_functions_of_the_core_are_checked_by_it(request: pytest.FixtureRequ
         assert function.__code__.co_filename == remembered_checks.__file__
         with pytest.raises(Exception, match="Type-check error"):
             function(None, None)
+
+
+def functions_of(home: Any) -> Iterator[Any]:
+    """Functions that a module or a class defines itself, and those of its classes."""
+    module = home.__name__ if inspect.ismodule(home) else home.__module__
+    for value in vars(home).values():
+        found = getattr(value, "fget", None) or inspect.unwrap(getattr(value, "__func__", value))
+        if getattr(found, "__module__", None) != module:
+            continue
+        if inspect.isclass(found) and inspect.ismodule(home):
+            yield from functions_of(found)
+        elif inspect.isfunction(found):
+            yield inspect.unwrap(found)
+
+
+def test_annotations_of_functions_that_no_test_calls_can_be_checked():
+    with pytest.raises(BeartypeException):
+        beartype(lambda_of(3))
+    modules = [import_module(each.name) for each in walk_packages(sgmd_core.__path__, "sgmd_core.")]
+    functions = [function for module in modules for function in functions_of(module)]
+    assert len(functions) > 400
+    for function in functions:
+        beartype(function)
+
+
+def lambda_of(hint: Any) -> Any:
+    """A function with an annotation."""
+
+    def function(value):
+        return value
+
+    function.__annotations__["value"] = hint
+    return function
