@@ -13,8 +13,8 @@
     errors        SgmdError and the errors below it
 
 Names that are not in `__all__` are private. `__init__.pyi` lists those that are, for type checkers
-and for the running program alike. A name is imported when it is first used, so the mathematics
-needs neither Ray nor diffusers.
+and for the running program alike: a copy of the package without that file cannot be imported. A
+name is imported when it is first used, so the mathematics needs neither Ray nor diffusers.
 """
 
 import ast
