@@ -120,6 +120,7 @@ def test_a_validation_measures_motion_looks_and_diversity_beside_the_teachers(
         assert (folder.samples / line["sheet"]).exists()
 
 
+@pytest.mark.slow
 def test_the_best_and_the_newest_checkpoint_are_kept_and_the_best_is_exported(
     whole: DistillConfig,
 ) -> None:

@@ -66,6 +66,7 @@ def runs(module_recipe: MakeRecipe, bare: Path) -> dict[str, DistillConfig]:
     return found
 
 
+@pytest.mark.slow
 def test_captions_alone_train_to_the_bits_of_the_whole_folder_and_export_a_folder(
     runs: dict[str, DistillConfig], wan_folder: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_run_on_latents_goes_on_with_a_folder_that_lost_or_found_its_autoencod
     assert (maker in " ".join(said.notes)) == (then == "bare")
 
 
+@pytest.mark.slow
 def test_latents_of_several_makers_and_a_resume_on_those_of_another_one_are_refused(
     make_recipe: MakeRecipe, data: list[Path], wan_folder: Path, bare: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +187,7 @@ def test_a_teacher_without_autoencoder_teaches_and_one_with_another_does_not(
             run_preflight(make_recipe(*given, f"teacher.model={other}"))
 
 
+@pytest.mark.slow
 def test_ltx_trains_without_one_and_a_folder_without_its_configuration_is_sized_as_released(
     make_recipe: MakeRecipe, bare: Path, tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def command(folder: Path, *arguments: str) -> Result:
 
 
 class TestSampling:
+    @pytest.mark.slow
     def test_the_same_seed_gives_the_same_clip_whatever_else_is_asked_for(self, model, tmp_path):
         alone = frames_of(model, tmp_path)
         together = frames_of(model, tmp_path, prompts=("a red red left", PROMPT))
@@ -176,6 +177,7 @@ class TestSampling:
     def test_another_seed_gives_another_clip(self, model, tmp_path):
         assert not np.array_equal(frames_of(model, tmp_path), frames_of(model, tmp_path, seed=1))
 
+    @pytest.mark.slow
     def test_the_folder_says_how_many_steps_and_an_argument_says_otherwise(self, model, tmp_path):
         calls: list[tuple[int, int]] = []
         frames_of(model, tmp_path, on_progress=lambda done, total: calls.append((done, total)))

@@ -73,6 +73,7 @@ def test_the_reader_counts_and_names_every_object_as_it_was_drawn(
         assert reading.shape[rows, hue].tolist() == drawn.shape[rows, k].tolist()
 
 
+@pytest.mark.slow
 def test_the_reader_gives_back_path_speed_and_direction_of_an_object_alone(
     drawn: OpenClips, reading: OpenReading
 ) -> None:
@@ -115,6 +116,7 @@ def test_objects_that_rest_are_told_from_all_that_move(
     assert bool(found.any())
 
 
+@pytest.mark.slow
 def test_the_spread_of_the_texture_is_read_past_the_objects() -> None:
     clips = draw_open_clips(5, range(64))
     bare = replace(clips, count=np.zeros_like(clips.count))

@@ -111,6 +111,7 @@ def test_a_file_of_no_expert_is_refused_with_the_names_that_tell(tmp_path, name:
         pass
 
 
+@pytest.mark.slow
 def test_generate_takes_several_files(base, tmp_path) -> None:
     for name in ("a", "b"):
         lora(tmp_path / f"{name}.safetensors")

@@ -244,6 +244,7 @@ PLAIN_GAN = Dmd2Objective(adversary=AdversarialTerm(loss=SOFTPLUS))
 
 
 @pytest.mark.parametrize("objective", [AdmObjective(delta=0.3), PLAIN_GAN], ids=["adm", "gan"])
+@pytest.mark.slow
 def test_heads_that_see_the_same_samples_again_learn_to_tell_them_apart(objective):
     world = World(objective, "fresh", lr=1e-2)
     losses: list[float] = []

@@ -31,6 +31,7 @@ BATCHES = ((0, 1),)
         ("adapters", "shared"),
     ],
 )
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_they_had_not_been_made(name: str, tracking: str):
     run = RUNS.get(name, {}) | {"tracking": tracking}
     calm, measured = tiny_roles(**run), tiny_roles(**run)

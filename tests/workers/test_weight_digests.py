@@ -64,7 +64,7 @@ def test_a_weight_file_that_is_gone_is_named(folder):
 )
 def test_digests_of_another_shape_or_of_files_elsewhere_are_refused(folder, digests):
     change_settings(folder, lambda content: content.update(sha256=digests))
-    with pytest.raises(ModelFolderError, match="no table of weight files"):
+    with pytest.raises(ModelFolderError, match="not a table of weight files"):
         require_same_weights(folder)
 
 

@@ -92,6 +92,7 @@ def test_every_call_is_made_once_in_the_order_of_its_process_after_what_it_takes
 
 
 @each_program
+@pytest.mark.slow
 def test_no_call_starts_later_than_by_itself(name: str):
     for (calls, teams), seconds in product(schedules(name), (WORK, UNEVEN)):
         costs = Costs(by_stage(seconds))

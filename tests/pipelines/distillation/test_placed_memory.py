@@ -105,7 +105,7 @@ def test_a_model_that_is_a_little_above_a_memory_is_warned_of_and_ends_no_run():
         ({"n2": less}, ("While checking the main memory of machine two", "text[0]")),
     ):
         (told,) = require_room(placed, room, work)
-        assert all(word in told for word in (*words, "The run goes on")), told
+        assert all(word in told for word in (*words, "The run continues")), told
     for factor, refused in ((1.19, False), (1.21, True)):
         edge = {"n2": replace(less, memory_bytes=int(main / factor))}
         if refused:

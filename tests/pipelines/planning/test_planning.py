@@ -702,6 +702,7 @@ class TestSearch:
         assert max(few.num_gpus, many.num_gpus) <= 8
         assert many.iteration_s <= few.iteration_s
 
+    @pytest.mark.slow
     def test_a_large_batch_is_cut_into_as_many_parts_as_memory_asks_for(self):
         work, tight = replace(SMALL, batch_size=66), Hardware(memory_gb=50)
         found = map_layout(work, modelled(work, tight), tight, 2)
@@ -764,6 +765,7 @@ class TestSearch:
         assert spent_s(1) < 0.01 * sent_s
         assert 0.99 * sent_s < spent_s(2) < 1.01 * sent_s
 
+    @pytest.mark.slow
     def test_another_batch_size_is_offered_where_it_uses_the_gpus_better(self):
         work, hardware = replace(SMALL, batch_size=16), Hardware()
         times = modelled(work, hardware)
@@ -1183,6 +1185,7 @@ class TestCommand:
         for words in ("fake score", "GB a GPU", "batch.micro_batches=", "gathered"):
             assert words in result.output
 
+    @pytest.mark.slow
     def test_every_layout_has_its_line_and_the_best_one_its_traffic(self):
         asked = ["plan", "tiny", "batch={size: 4, micro_batches: 2}", "validation.every=0"]
         adversarial = "objective.method=adm"
@@ -1199,6 +1202,7 @@ class TestCommand:
             planned = 3 - len(reasons)
             assert " ".join(words.split()).count("GB of weights gathered") == planned
 
+    @pytest.mark.slow
     def test_the_cost_of_a_measured_lag_is_said(self):
         options = ("--model", "1.3b", "--gpus", 64, "--json")
         told = json.loads(sgmd("plan", "wan21-1.3b", *options, "lag.every=100").stdout)
@@ -1229,6 +1233,7 @@ class TestCommand:
         assert result.exit_code == 2
         assert "It would fit with" in result.stderr
 
+    @pytest.mark.slow
     def test_adapters_are_named_where_they_alone_fit(self):
         options = ["wan21-1.3b", "--model", "1.3b", "--gpus", 2, "--gpu-memory", 24]
         short = sgmd("plan", *options)

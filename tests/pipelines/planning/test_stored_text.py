@@ -89,6 +89,7 @@ def test_prompts_that_no_encode_wrote_are_refused_before_they_take_memory(tmp_pa
     assert pa.total_allocated_bytes() - before < 2**24
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_past_the_bound_is_not_read_whole_nor_written(tmp_path):
     with (tmp_path / PROMPTS_NAME).open("wb") as file:
         file.truncate(2**40)

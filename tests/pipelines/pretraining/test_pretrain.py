@@ -151,6 +151,7 @@ def test_the_stored_scheduler_is_our_euler_sampler() -> None:
 # ------------------------------------------------------------------------------------- stages
 
 
+@pytest.mark.slow
 def test_the_denoiser_learns() -> None:
     latents, texts = random_latents()
     training = denoiser_training()

@@ -26,6 +26,7 @@ from tests.helpers.runs import finish_run
         ("events.jsonl", Path.mkdir, "events.jsonl is left out: it is no file"),
     ],
 )
+@pytest.mark.slow
 def test_what_stands_in_the_place_of_a_file_is_told_and_the_rest_is_shown(
     tmp_path: Path, name: str, put: Callable[[Path], None], told: str
 ):

@@ -55,6 +55,7 @@ def test_it_orders_runs_by_the_error_against_the_exact_score(trained: GaussianDi
     assert all(known(lag.measured) > 0.3 * lag.exact for lag in lags[:SEEDS])
 
 
+@pytest.mark.slow
 def test_a_copy_at_the_own_rate_alone_says_least_of_those_that_lag_most(
     trained: GaussianDistillation,
 ):
