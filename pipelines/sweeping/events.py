@@ -3,7 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from ray import tune
@@ -11,6 +15,7 @@ from ray import tune
 from cluster.errors import StorageError
 from cluster.files import opened_store
 from pipelines.run.observer import RunObserver
+from pipelines.run.stopping import StopNow, StopRequests
 from pipelines.sweeping.trial import ERROR_FILE, CommonToTrials
 from pipelines.sweeping.trials import Trial, TrialBook, settings_in_words
 
@@ -20,7 +25,49 @@ OnTrials = Callable[[Sequence[Trial], int], None]
 """Called with all trials so far, and the number that there will be."""
 
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)(\(.*\))?(: |$)")
+_TAKEN_BY_TUNE = (signal.SIGINT, signal.SIGUSR1)
 _PRESENT: list["TrialEvents"] = []
+
+
+class SearchEnding:
+    """Ends a search of Tune's once a stop was asked for, by whichever signal.
+
+    Tune takes SIGINT and SIGUSR1 when a search begins, and does not tell which of them has come. So
+    they are taken back, and Tune's own answer to them is called: it ends the search after its
+    present step, with all that it knows written down. A Tune that takes no signals has no such
+    answer: the search is broken off, and what Tune has written down before is what it knows.
+
+    Args:
+        stops: Has the signals; in another than the main thread neither it nor Tune takes any.
+    """
+
+    def __init__(self, stops: StopRequests) -> None:
+        self._stops = stops
+        is_main = threading.current_thread() is threading.main_thread()
+        self._before = {each: signal.getsignal(each) for each in _TAKEN_BY_TUNE if is_main}
+        self._answer: Callable[[int, FrameType | None], Any] | None = None
+        self._is_told = False
+
+    def take_back(self) -> None:
+        """Gives the signals back to those who had them before the search."""
+        for number, before in self._before.items():
+            found = signal.getsignal(number)
+            if found != before:
+                self._answer = found if callable(found) else None
+                signal.signal(number, before)
+
+    def end_if_asked(self) -> None:
+        """Tells Tune of a stop that was asked for.
+
+        Raises:
+            StopNow: Tune cannot be told.
+        """
+        if not self._stops.received or self._is_told:
+            return
+        if self._answer is None:
+            raise StopNow
+        self._is_told = True
+        self._answer(signal.SIGUSR1, None)
 
 
 class TrialEvents(tune.Callback):
@@ -50,12 +97,47 @@ class TrialEvents(tune.Callback):
         self._observer = observer
         self._on_progress = on_progress
         self._on_trials = on_trials
+        self._ending: SearchEnding | None = None
         _PRESENT[:] = [self]
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         # Tune writes its callbacks down for a later restore, and a console cannot be written down:
         # what is restored is the one that listens by then.
         return _present_events, ()
+
+    @contextmanager
+    def ending_on(self, stops: StopRequests) -> Iterator[None]:
+        """Ends a search of Tune's inside once a stop was asked for.
+
+        Args:
+            stops: Has the signals.
+
+        Raises:
+            StopNow: A stop was asked for, and Tune cannot be told so.
+        """
+        self._ending = SearchEnding(stops)
+        try:
+            yield
+        finally:
+            self._ending.take_back()
+            self._ending = None
+
+    def setup(
+        self,
+        stop: Any = None,  # noqa: ANN401 - Tune's interface
+        num_samples: int | None = None,
+        total_num_samples: int | None = None,
+        **info: Any,  # noqa: ANN401
+    ) -> None:
+        """Takes back the signals that Tune has taken by now."""
+        if self._ending is not None:
+            self._ending.take_back()
+            self._ending.end_if_asked()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ANN401 - Tune's interface
+        """Ends the search if a stop was asked for."""
+        if self._ending is not None:
+            self._ending.end_if_asked()
 
     def note(self, text: str) -> None:
         """Says one line."""

@@ -9,19 +9,20 @@ the same order and are measured on the same captions and seeds.
 
 import os
 import secrets
-import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from importlib import import_module
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import optuna
 from ray import tune
 from ray.tune.execution import class_cache
 
+from cluster.errors import StorageError
 from cluster.files import store_address
+from cluster.lease import LEASE_FILE, hold_if_free
 from cluster.ray.pools import Pool, bundles_of, selectors_of
 from cluster.runtime import start_ray
 from cluster.storage import write_text
@@ -71,6 +72,8 @@ _CONTROLLER_CPUS = 1.0
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 # Starts of a trial whose process is lost; it goes on from its own checkpoint.
 _MAX_LOSSES = 3
+# For how long the processes of ended trials are waited for.
+_ENDING_S, _LOOK_EVERY_S = 5.0, 0.1
 _MAY_CHANGE = ("concurrent_trials",)
 _RECIPE = "recipe.yaml"
 # Of what a trial imports, what does not import Ray: a second of a core in each process.
@@ -323,41 +326,25 @@ def _search(
         events.tell()
         seed_global_draws(config.seed)
         tuner = _tuner(config, folder, common, pools, book.trials, events)
-        with stops.finishing_iterations(), _tune_ends_on(stops):
+        with stops.finishing_iterations(), events.ending_on(stops):
             results = tuner.fit()
+    _delete_left_leases(folder)
     book.keep({Path(result.path).name for result in results}, events.note)
 
 
-class _StopEvent(threading.Event):
-    """Is set once a stop was asked for.
+def _delete_left_leases(folder: Path) -> None:
+    """Deletes the leases of trials whose processes were ended, which may take a moment to end.
 
-    Args:
-        stops: Has the signals.
+    One that still runs then keeps its own.
     """
-
-    def __init__(self, stops: StopRequests) -> None:
-        super().__init__()
-        self._stops = stops
-
-    def is_set(self) -> bool:
-        """Returns True once a signal has come."""
-        return bool(self._stops.received)
-
-
-@contextmanager
-def _tune_ends_on(stops: StopRequests) -> Iterator[None]:
-    """Ends a search of Tune's once a stop was asked for, by whichever signal.
-
-    Tune takes SIGINT and SIGUSR1 by itself, and does not tell which of them has come. Here it takes
-    none, and ends as it does on these: after its present step, with all that it knows written down.
-    """
-    module: Any = import_module("ray.tune.tune")
-    own = module._setup_signal_catching
-    module._setup_signal_catching = lambda: _StopEvent(stops)
-    try:
-        yield
-    finally:
-        module._setup_signal_catching = own
+    deadline_s = time.monotonic() + _ENDING_S
+    while left := list((folder / TRIALS).glob(f"*/{LEASE_FILE}")):
+        for file in left:
+            with suppress(StorageError), hold_if_free(str(file.parent), "sgmd sweep"):
+                pass
+        if time.monotonic() >= deadline_s:
+            return
+        time.sleep(_LOOK_EVERY_S)
 
 
 @contextmanager
