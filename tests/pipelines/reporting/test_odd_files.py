@@ -23,7 +23,7 @@ from tests.helpers.runs import finish_run
             "clips.json: no list of clips",
         ),
         ("samples", lambda path: path.symlink_to(path.name), "evaluation.png is not there"),
-        ("events.jsonl", Path.mkdir, "events.jsonl is left out: it is no file"),
+        ("events.jsonl", Path.mkdir, "events.jsonl is left out: it is not a file"),
     ],
 )
 @pytest.mark.slow
