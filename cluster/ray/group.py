@@ -31,7 +31,7 @@ from cluster.joined import JoinedFuture
 from cluster.ray.batch import CallAnswer, HostBatch
 from cluster.ray.direct import Direct
 from cluster.ray.failures import OPEN_GROUPS, first_failure, late_call, raise_cause
-from cluster.ray.host import ArgLayout, CallSpec, LocalRef, SplitArgument
+from cluster.ray.host import ArgLayout, CallSpec, LocalRef, SplitArgument, part_of_batch
 from cluster.ray.hosts import Hosts, OwnedResult
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Work, current_label
@@ -422,8 +422,7 @@ def _own_parts(
                 f"the result of {future.method}() of {future.group} rank {future.rank} cannot be "
                 f"read here: {type(error).__name__}: {error}",
             ) from error
-    values = ((future, found[future.reference]) for future in futures)
-    return [value if future.entry is None else value[future.entry] for future, value in values]
+    return [part_of_batch(found[future.reference], future.entry) for future in futures]
 
 
 def _entry_of(value: object, sent: object) -> int | None:

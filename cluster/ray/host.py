@@ -308,7 +308,7 @@ class Host:
             bf16_kinds: Kinds of tensors that travel in bfloat16.
             entry: Which of the small results of a batch it is; None: the value itself.
         """
-        own = _part(unpack(value), entry)
+        own = part_of_batch(unpack(value), entry)
         if isinstance(own, LocalRef):
             own = to_wire(self._arrived(own), "a kept result", bf16_kinds)
         return pack(own)
@@ -339,7 +339,7 @@ class Host:
     def _arrived_ones(self, sent: Sequence[object], entries: Sequence[int | None]) -> list[object]:
         """Values from the wire, picked out of a batch's small results where they are among them."""
         pairs = zip(sent, entries or [None] * len(sent), strict=True)
-        return [self._arrived(_part(unpack(value), entry)) for value, entry in pairs]
+        return [self._arrived(part_of_batch(unpack(value), entry)) for value, entry in pairs]
 
     def _arrived(self, value: object) -> object:
         if isinstance(value, LocalRef):
@@ -359,8 +359,13 @@ class Host:
         return error
 
 
-def _part(value: object, entry: int | None) -> object:
-    """One of a batch's small results; without a number, the value itself."""
+def part_of_batch(value: object, entry: int | None) -> object:
+    """Returns one of a batch's small results; without a number, the value itself.
+
+    Args:
+        value: Small results of a batch; or the result of one call.
+        entry: Which of them; None: the value is that of one call.
+    """
     return value if entry is None else cast(Sequence[object], value)[entry]
 
 
