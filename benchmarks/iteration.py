@@ -11,10 +11,10 @@ CPU seconds of a placement are those of this process, which calls, and of the pr
 text encoder and feed; those of Ray's own (raylet, GCS and their agents) stand beside them. Each of
 these processes also looks for signals a hundred times a second, whatever it does: what they spend
 while nothing is asked of them is measured and taken off in `busy_over_local`. `threads` has those
-of the main thread and of all others, process by process. `stages_over_local` has the time inside of
-the stages' methods alone, over that of the one process: what calls that cost nothing would leave,
-where nothing else takes the cores. On a machine with other work CPU seconds hold, and wall seconds
-do not; all processes get the priority of this one's session.
+of the main thread and of all others, process by process. `stages_over_local` has the time on the
+clock inside of the stages' methods, waits for a core included, over that of the one process. On a
+machine with other work CPU seconds hold, and wall seconds do not; all processes get the priority of
+this one's session.
 
 Roles of several processes compute at once, and cores that compute at once share caches, memory and
 clock: the same work then takes more CPU seconds. `--beside` tells this apart from what a placement
