@@ -106,7 +106,9 @@ class LocalWorkerGroup(WorkerGroup[W]):
                 torch.cuda.synchronize()
             return _Result(result)
         except Exception as error:
-            error.add_note(f"raised in {method}() of {self.name} rank {rank}")
+            where = f"{method}() of {self.name} rank {rank}"
+            label = current_label().in_words
+            error.add_note(f"raised in {', '.join(filter(None, (where, label)))}")
             return _Failure(error)
         finally:
             ended_s = time.monotonic()

@@ -35,6 +35,13 @@ class Label:
     phase: int | None = None
     micro_batch: int | None = None
 
+    @property
+    def in_words(self) -> str:
+        """Such as `iteration 3, phase 0, micro-batch 1`; empty outside of any."""
+        named = ("iteration", self.iteration), ("phase", self.phase)
+        parts = (*named, ("micro-batch", self.micro_batch))
+        return ", ".join(f"{name} {part}" for name, part in parts if part is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Work:

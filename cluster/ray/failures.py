@@ -5,6 +5,7 @@ one. So the first rank of a chain that is dead, late or wrong is looked for. Ran
 collectives fail with their partners: see `cluster.ray.partners`.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,8 @@ import ray
 from ray.exceptions import (
     GetTimeoutError,
     ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
     RayActorError,
     RayError,
     RayTaskError,
@@ -29,6 +32,14 @@ if TYPE_CHECKING:
     from cluster.ray.group import RayFuture, RayWorkerGroup
 
 _PATIENCE_S = 5.0
+# Of Ray's text about an error that it has met in a process: the last is where it began.
+_SENDER = re.compile(r"actor_id=([0-9a-f]+), repr=([^)\n]*)\)")
+
+_FULL_STORE = (
+    "an object store, and a disk to spill it to, that have room for the result",
+    "Start Ray with a larger store (--object-store-memory), or free the disk of its temporary "
+    "folder (`df`); `ray memory` shows what fills the store",
+)
 
 OPEN_GROUPS: "WeakSet[RayWorkerGroup[Any]]" = WeakSet()
 """Groups of this process: a machine that is lost may have had ranks of all of them."""
@@ -98,6 +109,7 @@ def raise_cause(error: RayError, futures: "Sequence[RayFuture[Any]]", phase: str
     cause: BaseException = error
     while isinstance(cause, RayTaskError):
         cause = cause.cause
+    where = _beside_calls(error, cause, futures)
     if isinstance(cause, RayActorError):
         ranks = {actor: rank for future in futures for actor, rank in future.ranks.items()}
         if died := death_of(cause, ranks, phase, open_processes()):
@@ -112,10 +124,33 @@ def raise_cause(error: RayError, futures: "Sequence[RayFuture[Any]]", phase: str
             "Resume the run from its last checkpoint",
         ) from None
     if isinstance(cause, RayError):
-        raise RemoteCallError(phase, f"{type(cause).__name__}: {cause}") from None
+        found = f"{type(cause).__name__}{where}: {cause}"
+        if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+            raise RemoteCallError(phase, found.partition("\n")[0], *_FULL_STORE) from None
+        raise RemoteCallError(phase, found) from None
     if isinstance(cause, RuntimeError) and (partners := _partners(futures)):
         # A collective fails in the ranks that live; the one that does not is to blame.
         words = str(cause).partition("\n")[0]
         if died := dead_partner(partners, phase, f"{type(cause).__name__}: {words}"):
             raise died from None
+    if where:
+        cause.add_note(f"raised{where}; {phase}")
     raise cause from None
+
+
+def _beside_calls(
+    error: RayError, cause: BaseException, futures: "Sequence[RayFuture[Any]]"
+) -> str:
+    """Says where an error came from that no call has noted: Ray met it, as where it packs results.
+
+    Returns:
+        Words that begin with a space; nothing where a note says it, or Ray does not.
+    """
+    found = _SENDER.findall(str(error))
+    if not found or any(note.startswith("raised in") for note in getattr(cause, "__notes__", ())):
+        return ""
+    actor, place = found[-1]
+    methods = dict.fromkeys(
+        f"{each.method}()" for each in futures if each.ranks.get(actor) == (each.group, each.rank)
+    )
+    return f" in {place}, outside of its calls ({', '.join(methods) or 'before them'})"

@@ -19,8 +19,8 @@ import pickle
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple, cast
@@ -198,7 +198,7 @@ class Host:
             # A partial has no name of its own.
             name = getattr(factory, "func", factory).__name__
             self._unbuilt[worker] = f"{type(error).__name__}: {error}"
-            raise self._portable(error, worker, name) from None
+            raise self._portable(error, self._in_words(worker, name), Label()) from None
         finally:
             self._progress.end()
 
@@ -215,14 +215,15 @@ class Host:
         """
         spec: CallSpec = unpack(packed_spec)
         result = self._run(spec, sent, keywords)
-        if spec.direct:
-            # Bytes are always a pickle to those who receive them.
-            return pack(result) if type(result) is bytes else result
-        if not spec.send:
-            return pack(result)
-        own, wire = cast(tuple[object, object], result)
-        packed = pack(wire)
-        return packed if own is wire else pack(own), packed
+        with self._packing([spec]):
+            if spec.direct:
+                # Bytes are always a pickle to those who receive them.
+                return pack(result) if type(result) is bytes else result
+            if not spec.send:
+                return pack(result)
+            own, wire = cast(tuple[object, object], result)
+            packed = pack(wire)
+            return packed if own is wire else pack(own), packed
 
     def run_batch(self, packed_specs: object, /, *sent: object) -> object:
         """Runs several methods, one after another; see `cluster.ray.batch`.
@@ -249,7 +250,8 @@ class Host:
                 result = None
             # Where nobody takes a result, that of a rank that stands in, it goes nowhere.
             small.append(UNREAD if array_in(result) is not None else result)
-        return (pack(tuple(small)), *map(pack, apart)) if apart else pack(tuple(small))
+        with self._packing(specs):
+            return (pack(tuple(small)), *map(pack, apart)) if apart else pack(tuple(small))
 
     def _run(
         self, spec: CallSpec, sent: Sequence[object], keywords: Mapping[str, object]
@@ -263,7 +265,7 @@ class Host:
             worker = self._workers.get(spec.worker)
             if worker is None:
                 raise ClusterError(
-                    f"calling {method}() of {spec.worker} rank {self._rank_of(spec.worker)}",
+                    f"calling {self._in_words(spec.worker, method)}",
                     f"no worker: building it has failed: {self._unbuilt.get(spec.worker, '')}",
                     "a worker that its factory can build",
                 )
@@ -290,7 +292,7 @@ class Host:
             marker = LocalRef(spec.keep)
             return (marker, to_wire(result, where, spec.bf16_kinds)) if spec.send else marker
         except Exception as error:
-            raise self._portable(error, spec.worker, method) from None
+            raise self._portable(error, self._in_words(spec.worker, method), spec.label) from None
         finally:
             self._progress.end()
             # What was not reached took no time.
@@ -308,10 +310,14 @@ class Host:
             bf16_kinds: Kinds of tensors that travel in bfloat16.
             entry: Which of the small results of a batch it is; None: the value itself.
         """
-        own = part_of_batch(unpack(value), entry)
-        if isinstance(own, LocalRef):
-            own = to_wire(self._arrived(own), "a kept result", bf16_kinds)
-        return pack(own)
+        try:
+            own = part_of_batch(unpack(value), entry)
+            if isinstance(own, LocalRef):
+                own = to_wire(self._arrived(own), "a kept result", bf16_kinds)
+            return pack(own)
+        except Exception as error:
+            where = f"sending a result of {self._place} to another process"
+            raise self._portable(error, where, Label()) from None
 
     def take_work(self, worker: str) -> list[Work]:
         """Returns the work of this worker since the last call."""
@@ -347,9 +353,21 @@ class Host:
         self._received_bytes += array_bytes(value)
         return from_wire(value)
 
-    def _portable(self, error: Exception, worker: str, method: str) -> Exception:
+    @contextmanager
+    def _packing(self, specs: Sequence[CallSpec]) -> Iterator[None]:
+        """Says of an error inside whose results were packed."""
+        try:
+            yield
+        except Exception as error:
+            calls = " and ".join(self._in_words(spec.worker, spec.method) for spec in specs)
+            raise self._portable(error, f"packing the result of {calls}", specs[-1].label) from None
+
+    def _in_words(self, worker: str, method: str) -> str:
+        return f"{method}() of {worker} rank {self._rank_of(worker)}"
+
+    def _portable(self, error: Exception, where: str, label: Label) -> Exception:
         """The error with a note of where, or its words if it cannot be rebuilt elsewhere."""
-        where = f"{method}() of {worker} rank {self._rank_of(worker)}"
+        where = ", ".join(filter(None, (where, label.in_words)))
         trace = "".join(traceback.format_exception(error))
         error.add_note(f"raised in {where}:\n{trace}")
         try:

@@ -15,13 +15,15 @@ system's folder for temporary files holds the traceback. Neither shows a key of 
 """
 
 import errno
+import os
 import platform
+import shutil
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +33,7 @@ from rich.text import Text
 
 from cluster.errors import ClusterError, JobError, LeaseError, StorageError
 from cluster.redaction import printable, without_secrets
-from cluster.storage_errors import storage_errors
+from cluster.storage_errors import disk_remedy, is_disk_full, room_at, storage_errors
 from sgmd_core.errors import (
     AlarmError,
     NonFiniteError,
@@ -50,6 +52,21 @@ _OF_THE_SYSTEM = (
     *(errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENAMETOOLONG),
 )
 """Numbers of errors at a path that a disk or its rights give, wherever a command meets them."""
+_AGAIN = "The same command begins again."
+_GOES_ON = "the same command goes on from there."
+_AFTER_STOP = {
+    "prepare": f"Shards that are whole are kept: {_GOES_ON}",
+    "encode": f"Shards that are whole are kept: {_GOES_ON}",
+    "pretrain": f"Finished stages and checkpoints are kept: {_GOES_ON}",
+    "study": f"Finished runs and measurements are kept: {_GOES_ON}",
+    "sweep": "A sweep that has begun goes on with: sgmd sweep RECIPE --resume",
+    "evaluate": "Measurements of the teacher that are finished are kept; nothing else has been "
+    "written. The same command goes on with them.",
+    "generate": "Clips that are finished are kept; the same command makes all of them again.",
+    "report": "The page is as it was before. The same command begins again.",
+    "submit": "A job that the cluster has accepted goes on; `ray job list` shows it.",
+}
+"""Words on what a stopped command keeps and how it goes on, for where no note says so."""
 
 
 def report_failure(
@@ -72,9 +89,10 @@ def report_failure(
         how = "with Ctrl-C" if number == signal.SIGINT else f"by {signal.Signals(number).name}"
         tells = isinstance(error, StopRequestedError)
         words = f"{type(error).__name__}: {error}" if tells else ""
-        _show([words or f"Interrupted: sgmd {command} was stopped {how}.", *_notes(error)])
+        notes = _notes(error) or ([] if tells else [_AFTER_STOP.get(command, _AGAIN)])
+        _show([words or f"Interrupted: sgmd {command} was stopped {how}.", *notes])
         return 128 + number
-    error = _worded(error, command)
+    error = _worded(error, command, arguments)
     if isinstance(error, SgmdError):
         if isinstance(error, StopRequestedError | JobError) and error.exit_code:
             code = error.exit_code
@@ -112,17 +130,35 @@ def hinting(hint: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def _worded(error: BaseException, command: str) -> BaseException:
-    """An error of a disk at a path that it names, in words; any other one as it is."""
-    if not isinstance(error, OSError) or not error.filename or error.errno not in _OF_THE_SYSTEM:
+def _worded(error: BaseException, command: str, arguments: Sequence[str]) -> BaseException:
+    """An error of a disk, at a path that it names or for want of room, in words; others stay."""
+    is_at_path = isinstance(error, OSError) and error.filename and error.errno in _OF_THE_SYSTEM
+    if isinstance(error, SgmdError) or not (is_at_path or disk_remedy(error)):
         return error
     try:
         with storage_errors(f"running sgmd {command}"):
             raise error
     except StorageError as worded:
+        if is_disk_full(error) and not is_at_path:
+            # It says no path: the disks that the command writes to can be looked at.
+            rooms = filter(None, map(room_at, _disks_of(arguments)))
+            worded.found = f"{worded.found.rstrip('.')} ({'; '.join(rooms)})"
         for note in getattr(error, "__notes__", ()):
             worded.add_note(note)
         return worded
+
+
+def _disks_of(arguments: Sequence[str]) -> list[Path]:
+    """A folder on each disk that a command may write to, that with the least room first."""
+    values = [word.rpartition("=")[2] for word in arguments]
+    named = [Path(value) for value in values if "/" in value and "://" not in value]
+    temporary = Path(os.environ.get("TMPDIR") or "/tmp")
+    found: dict[int, Path] = {}
+    for path in (*named, Path(), temporary, Path("/dev/shm")):
+        with suppress(OSError):
+            folder = next(each for each in (path, *path.absolute().parents) if each.is_dir())
+            found.setdefault(folder.stat().st_dev, folder)
+    return sorted(found.values(), key=lambda folder: shutil.disk_usage(folder).free)
 
 
 def first_line(error: BaseException) -> str:

@@ -58,7 +58,8 @@ class CommandStops:
         if self.exit_code is not None:
             _end(self.exit_code)
         if self.received or not self.is_working or _loads(frame):
-            say_last(f"{name} again: ended at once." if self.received else f"Stopped by {name}.")
+            again = f"{name} again: ended at once. What was written before is kept."
+            say_last(again if self.received else f"Stopped by {name}: nothing has begun.")
             _end(128 + number)
         self.received, self._first_s = number, now_s
         raise_after_imports(KeyboardInterrupt(), frame)

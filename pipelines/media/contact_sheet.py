@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cluster.files import write_whole
+from cluster.storage_errors import full_disk_errors
 from pipelines.media.clip_files import SheetGroup, clips_folder, write_clip_files
 from pipelines.media.video import Pixels
 from sgmd_core.errors import ShapeError
@@ -51,11 +52,11 @@ def write_contact_sheet(
     Raises:
         ShapeError: A group has another number of clips than there are prompts, or clips differ
             in size.
+        StoreRefusedError: The disk is full.
     """
     _require_matching(groups, prompts)
     still = io.BytesIO()
     still_picture(groups, prompts).save(still, "PNG")
-    write_whole(png, still.getvalue())
     frames = loop_pictures(groups, prompts)
     # One palette for all frames: a palette of its own for each makes the background flicker.
     palette = _stacked(frames).quantize(256)
@@ -70,8 +71,10 @@ def write_contact_sheet(
         loop=0,
         optimize=False,
     )
-    write_whole(gif, loop.getvalue())
-    write_clip_files(clips_folder(png), groups, prompts, fps)
+    with full_disk_errors(f"writing {png}"):
+        write_whole(png, still.getvalue())
+        write_whole(gif, loop.getvalue())
+        write_clip_files(clips_folder(png), groups, prompts, fps)
 
 
 def still_picture(

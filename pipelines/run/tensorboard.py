@@ -7,9 +7,10 @@ A run that goes on from an earlier iteration makes some again. The files say so,
 then shows the new ones alone. Events are apart from that: what failed stays to be seen.
 """
 
+import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from pipelines.run.records import IterationRecord, RunEvent, ValidationRecord
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
+_log = logging.getLogger(__name__)
 _FLUSH_S = 10
 _FILE_VERSION = "brain.Event:2"
 
@@ -98,10 +100,24 @@ def open_tensorboard(enabled: bool, folder: Path) -> Iterator[RunObserver]:
     # The name of a file has its second; a part that begins in the same one has its own file, too.
     suffix = f".{time.time_ns() % 10**9:09d}"
     with ExitStack() as stack:
-        figures, events = (
-            stack.enter_context(
-                closing(SummaryWriter(str(path), flush_secs=_FLUSH_S, filename_suffix=suffix))
-            )
-            for path in (root, root / "events")
-        )
-        yield TensorBoardObserver(figures, events)
+        writers: list[SummaryWriter] = []
+        for path in (root, root / "events"):
+            writer = SummaryWriter(str(path), flush_secs=_FLUSH_S, filename_suffix=suffix)
+            stack.callback(_close, writer)
+            writers.append(writer)
+        yield TensorBoardObserver(*writers)
+
+
+def _close(writer: "SummaryWriter") -> None:
+    """Closes files; a disk that takes no more of them is no error of the run."""
+    try:
+        writer.close()
+    except OSError as error:
+        _log.warning("the end of %s was not written: %s", writer.logdir, error)
+        files: Any = writer.file_writer
+        events = files.event_writer
+        # Its thread ends all the same, and nothing is tried again as the process ends.
+        events.flush = lambda: None
+        with suppress(OSError):
+            events.close()
+        events.close = lambda: None

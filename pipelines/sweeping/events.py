@@ -179,8 +179,9 @@ class TrialEvents(tune.Callback):
         if is_whole and (value is None or not math.isfinite(value)):
             found = f"no {score}" if value is None else f"{score} {value}"
             self._book.end(str(trial), "failed", f"its validation has {found}")
-        else:
-            self._book.end(str(trial), "done" if is_whole else "stopped")
+            self._end(trial, f"failed, {found},")
+            return
+        self._book.end(str(trial), "done" if is_whole else "stopped")
         self._end(trial, "done" if is_whole else f"stopped at iteration {row.iteration}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface

@@ -25,7 +25,7 @@ from pipelines.study.results import SeedSpread
 from pipelines.sweeping.trials import Trial, settings_in_words
 from sgmd_core.metrics.jackknife import NORMAL_95
 
-BEST_FILE = "best.yaml"
+BEST_FILE, TABLE_FILE = "best.yaml", "sweep.csv"
 _ORDER = {"done": 0, "stopped": 1, "running": 2, "failed": 3}
 
 
@@ -213,6 +213,21 @@ def ranked_trials(settings: SweepSettings, trials: Sequence[Trial]) -> tuple[Tri
     return (*order, *sorted((each for each in trials if id(each) not in kept), key=_how_far))
 
 
+def write_table(config: DistillConfig, folder: Path, trials: Sequence[Trial]) -> SweepResult:
+    """Writes sweep.csv, also of a sweep of which no trial came to its end.
+
+    Args:
+        config: The recipe.
+        folder: The sweep's.
+        trials: In any order.
+    """
+    order = ranked_trials(config.sweep, trials)
+    objectives, place = config.sweep.objectives, Path(shared_place(folder))
+    result = SweepResult(config.sweep.score, order, place, place / BEST_FILE, objectives)
+    write_text(str(folder / TABLE_FILE), _csv(config.sweep, result))
+    return result
+
+
 def write_results(config: DistillConfig, folder: Path, trials: Sequence[Trial]) -> SweepResult:
     """Writes sweep.csv and best.yaml.
 
@@ -221,15 +236,12 @@ def write_results(config: DistillConfig, folder: Path, trials: Sequence[Trial]) 
         folder: The sweep's.
         trials: In any order; at least one came to its end.
     """
-    order = ranked_trials(config.sweep, trials)
-    objectives, place = config.sweep.objectives, Path(shared_place(folder))
+    result = write_table(config, folder, trials)
     # Files of captions of a job are gone with it, except for the sweep's copies.
     kept = kept_captions(config.data, folder, shared_place(folder))
-    best = config.with_settings(kept | dict(order[0].settings))
-    result = SweepResult(config.sweep.score, order, place, place / BEST_FILE, objectives)
+    best = config.with_settings(kept | dict(result.trials[0].settings))
     note = "".join(f"# {line}\n" for line in textwrap.wrap(result.note, 97))
     write_text(str(folder / BEST_FILE), note + best.to_yaml())
-    write_text(str(folder / "sweep.csv"), _csv(config.sweep, result))
     return result
 
 

@@ -53,7 +53,7 @@ from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
 from pipelines.sweeping.page import write_sweep_page
 from pipelines.sweeping.places import ELSEWHERE, START, TRIALS, TUNE, sweep_place
-from pipelines.sweeping.results import SweepResult, write_results
+from pipelines.sweeping.results import TABLE_FILE, SweepResult, write_results, write_table
 from pipelines.sweeping.search import (
     keep_present,
     listed_runs,
@@ -108,6 +108,8 @@ def sweep(
     """
     # Tune's newer reporter prints to standard output even when asked to be silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # It would print a traceback for each trial whose failure is a row with its words.
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     # How much Tune may forget of a sweep whose process is killed.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     # Tune copies keys into the description of each trial's process, which Ray logs.
@@ -290,17 +292,27 @@ def _sweep(
             raise interrupted()
         trials = book.trials
         if not any(trial.state == "done" for trial in trials):
-            failures = [trial.error for trial in trials if trial.error]
-            raise ConfigError(
-                f"sweeping {', '.join(config.sweep.dimensions)}",
-                f"{len(failures)} of {len(trials)} trials failed, and the scheduler ended the "
-                f"others; the first failure: {next(iter(failures), 'none')}",
-                f"at least one trial that comes to its end with a {config.sweep.score}",
-                "Try one of them alone with `sgmd distill`",
-            )
+            write_table(config, folder, trials)
+            write_sweep_page(folder)
+            raise _nothing_to_rank(config, folder, trials)
         result = write_results(config, folder, trials)
         write_sweep_page(folder)
         return result
+
+
+def _nothing_to_rank(config: DistillConfig, folder: Path, trials: Sequence[Trial]) -> ConfigError:
+    """The error of a sweep of which no trial came to its end."""
+    failed = [trial for trial in trials if trial.error]
+    others = len(trials) - len(failed)
+    first = f": of {failed[0].name} ({failed[0].in_words}) {failed[0].error}" if failed else ""
+    return ConfigError(
+        f"sweeping {', '.join(config.sweep.dimensions)}",
+        f"{len(failed)} of {len(trials)} trials failed{first}"
+        + (f"; the scheduler ended the other {others}" if others else ""),
+        f"at least one trial that comes to its end with a {config.sweep.score}",
+        f"Every trial with its error: {shared_place(folder)}/{TABLE_FILE}. Try one of them alone "
+        "with `sgmd distill`; then sweep other values under another name=...",
+    )
 
 
 def _search(

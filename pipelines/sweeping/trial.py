@@ -283,7 +283,9 @@ class _Reporter(RunObserver):
             for each in read_jsonl(self.folder.metrics)
             if first <= each["iteration"] < line["iteration"]
         )
-        values = {name: line["figures"].get(name, math.nan) for name in searched}
+        found = {name: line["figures"].get(name, math.nan) for name in searched}
+        # To schedulers an infinite figure may be the best of all, or end the search.
+        values = {name: each if math.isfinite(each) else math.nan for name, each in found.items()}
         result = {
             **values,
             "searched": values,

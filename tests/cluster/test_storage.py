@@ -1,14 +1,16 @@
 """Texts are replaced as a whole, on a disk and on an object store alike."""
 
+import errno
 import os
+from pathlib import Path
 
 import fsspec
 import pytest
 from botocore.exceptions import EndpointConnectionError
 
-from cluster.errors import StorageError
+from cluster.errors import StorageError, StoreRefusedError
 from cluster.storage import read_json, write_json, write_text
-from cluster.storage_errors import storage_errors
+from cluster.storage_errors import full_disk_errors, room_at, storage_errors, with_room
 
 
 def test_a_file_is_replaced_as_a_whole(root):
@@ -53,3 +55,49 @@ def test_a_remedy_names_the_settings_of_s3_only_where_s3_is_meant(place, cause, 
         raise PermissionError(13, "Permission denied") from cause
     assert named in str(caught.value)
     assert ("AWS" in str(caught.value)) == ("AWS" in named)
+
+
+def following(cause: BaseException) -> RuntimeError:
+    """An error that a library raises in place of the system's."""
+    error = RuntimeError("unexpected pos 64 vs 0")
+    error.__context__ = cause
+    return error
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FULL,
+        OSError(f"[Errno {errno.ENOSPC}] Error writing bytes to file"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        RuntimeError('IoError(Os { code: 28, message: "No space left on device" })'),
+        RuntimeError("database or disk is full"),
+        following(FULL),
+    ],
+    ids=["handle", "pyarrow", "safetensors", "in words", "sqlite", "torch"],
+)
+def test_a_full_disk_is_told_with_its_folder_and_its_room_by_whoever_meets_it(
+    error: Exception, tmp_path: Path
+):
+    place = tmp_path / "not-there" / "step-000004"
+    for wording in (storage_errors, full_disk_errors):
+        with (
+            pytest.raises(StoreRefusedError) as caught,
+            wording(f"saving the generator to {place}"),
+        ):
+            raise error
+        assert f"({tmp_path} has " in caught.value.found
+        assert " free of " in caught.value.found
+        assert "Free space there" in str(caught.value)
+
+
+def test_room_is_told_of_local_places_alone(tmp_path: Path):
+    assert room_at(tmp_path).startswith(f"{tmp_path} has ")
+    assert room_at("s3://bucket/runs") == room_at("") == ""
+    assert with_room("full", FULL, "writing s3://bucket/run") == "full"
+    assert with_room("full", FULL, f"writing file://{tmp_path}/a").startswith(
+        f"full ({tmp_path} has "
+    )

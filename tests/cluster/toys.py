@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -12,6 +13,7 @@ from enum import StrEnum
 from types import ModuleType
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,6 +47,13 @@ class Scales:
 
     coarse: Tensor
     fine: Tensor
+
+
+class Stubborn:
+    """Fails where it is pickled, in words of its own."""
+
+    def __reduce__(self) -> str:
+        raise ValueError("it does not want to travel")
 
 
 class UnpicklableError(Exception):
@@ -86,6 +95,10 @@ class Toy:
 
     def unsendable(self) -> object:
         return object()
+
+    def unpackable(self, is_locked: bool) -> object:
+        """What goes onto the wire, and cannot be pickled: by pickle alone, or by Ray neither."""
+        return np.array([threading.Lock() if is_locked else Stubborn()], dtype=object)
 
     def overwrite(self, tensor: Tensor) -> float:
         return float(tensor.add_(1).sum())

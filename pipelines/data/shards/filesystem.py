@@ -28,7 +28,7 @@ from cluster.redaction import has_user, without_secrets
 from cluster.s3.filesystem import open_s3
 from cluster.s3.refusals import refusal_remedy
 from cluster.s3.settings import S3Settings
-from cluster.storage_errors import disk_remedy
+from cluster.storage_errors import disk_remedy, with_room
 from sgmd_core.errors import DataError
 
 _LOCAL = ("file", "local")
@@ -154,7 +154,7 @@ def data_error(attempted: str, error: BaseException) -> DataError:
     if isinstance(error, FileNotFoundError) and error.filename:
         found = without_secrets(f"no such file or folder: {error.filename}")
     if refused := refusal_remedy(error) or disk_remedy(error):
-        return DataError(attempted, found, *refused)
+        return DataError(attempted, with_room(found, error, attempted), *refused)
     for is_it, expected, remedy in _diagnoses(error, text):
         if is_it:
             return DataError(attempted, found, expected, remedy)

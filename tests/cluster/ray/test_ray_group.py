@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.exceptions import ObjectStoreFullError, RayTaskError
 
 from cluster.errors import CallTimeoutError, ClusterError, RemoteCallError, WorkerDiedError
+from cluster.ray.failures import raise_cause
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
+from cluster.spans import labelled
 from sgmd_core.errors import NonFiniteError
 from tests.cluster.toys import WAIT_S, Toy, make_nothing, make_toy
 
@@ -77,6 +80,34 @@ def test_a_late_rank_is_named(second):
 def test_an_error_that_cannot_travel_is_told_in_words(second):
     with pytest.raises(RemoteCallError, match="UnpicklableError: 1 and 2"):
         second.fetch([second.call_rank(0, Toy.explode_unpicklably)], WAIT_S, "training")
+
+
+@pytest.mark.parametrize(
+    ("is_locked", "kind", "note"),
+    [
+        (
+            False,
+            ValueError,
+            "raised in packing the result of unpackable() of second rank 0, iteration 7, phase 0, "
+            "micro-batch 1",
+        ),
+        (True, TypeError, "raised in second rank 0, outside of its calls (unpackable()); training"),
+    ],
+    ids=["by us", "by Ray"],
+)
+def test_a_result_that_cannot_be_packed_names_its_call(second, is_locked, kind, note):
+    with labelled(7, 0, 1):
+        future = second.call_rank(0, Toy.unpackable, is_locked)
+    with pytest.raises(kind) as caught:
+        second.fetch([future], WAIT_S, "training")
+    assert caught.value.__notes__[0].partition("\n")[0].rstrip(":") == note
+
+
+def test_a_full_object_store_is_told_with_what_to_do():
+    # As Ray wraps what it meets while it stores the result of a call.
+    full = RayTaskError("run", "a traceback", ObjectStoreFullError("no room"))
+    with pytest.raises(RemoteCallError, match=r"ObjectStoreFullError.*--object-store-memory"):
+        raise_cause(full, [], "training")
 
 
 def test_a_result_that_cannot_be_read_here_names_its_call(second):

@@ -65,10 +65,42 @@ def test_a_disk_or_its_rights_fail_in_words_wherever_a_command_meets_them(
     assert words in said
     assert said.endswith(f"{HINT}\n")
     assert not list(folder_of_details.iterdir())
-    # One that names no path, or that a mistake of ours may have made, keeps its traceback.
-    for other in (OSError(number, "x"), FileNotFoundError(errno.ENOENT, "x", "/runs")):
-        report_failure(raised(other), "report", [])
-    assert len(list(folder_of_details.iterdir())) == 2
+    # One that a mistake of ours may have made keeps its traceback.
+    report_failure(raised(FileNotFoundError(errno.ENOENT, "x", "/runs")), "report", [])
+    assert len(list(folder_of_details.iterdir())) == 1
+
+
+def test_a_full_disk_that_names_no_path_is_told_with_the_room_where_a_command_writes(
+    capsys, folder_of_details
+):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    full.add_note("raised in save() of generator rank 0, iteration 4")
+    arguments = ["distill", "tiny", f"output={folder_of_details}/runs"]
+    assert report_failure(raised(full), "distill", arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("StoreRefusedError: While running sgmd distill: OSError: [Errno 28] ")
+    assert f"{folder_of_details} has " in said
+    assert said.endswith("raised in save() of generator rank 0, iteration 4\n")
+    assert not list(folder_of_details.iterdir())
+    report_failure(raised(OSError(errno.EIO, os.strerror(errno.EIO))), "distill", [])
+    assert "details are in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("encode", "Shards that are whole are kept: the same command goes on from there."),
+        ("plan", "The same command begins again."),
+    ],
+)
+def test_a_stopped_command_says_what_is_kept_and_how_it_goes_on(capsys, command, words):
+    assert report_failure(raised(KeyboardInterrupt()), command, [], 15) == 143
+    said = capsys.readouterr().err
+    assert said == f"Interrupted: sgmd {command} was stopped by SIGTERM.\n{words}\n"
+    noted = KeyboardInterrupt()
+    noted.add_note(HINT)
+    report_failure(noted, command, [], 15)
+    assert capsys.readouterr().err.splitlines()[1:] == [HINT]
 
 
 def test_keys_of_the_environment_are_in_neither(capsys, monkeypatch, folder_of_details):

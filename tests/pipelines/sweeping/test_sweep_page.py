@@ -17,6 +17,7 @@ from pipelines.sweeping.results import (
     points_of,
     ranked_trials,
     write_results,
+    write_table,
 )
 from pipelines.sweeping.trials import Trial, TrialBook
 from tests.pipelines.commands.rendering import rendered
@@ -158,6 +159,18 @@ def test_points_are_compared_seed_by_seed() -> None:
     assert best.interval[0] < other.value < best.interval[1]
     assert best.is_told_from(other)
     assert not best.is_told_from(noisy)
+
+
+def test_a_sweep_of_failed_trials_has_its_table_and_its_page(tmp_path: Path) -> None:
+    config = load_recipe("tiny", list(SETTINGS))
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml())
+    book = TrialBook(tmp_path / "trials.json")
+    book.begin(failed())
+    book.end("trial-x", "failed", failed().error)
+    (row,) = write_table(config, tmp_path, book.trials).trials
+    assert row.error == failed().error
+    assert failed().error in (tmp_path / "sweep.csv").read_text()
+    assert "NonFiniteError" in write_sweep_page(tmp_path).read_text()
 
 
 def test_the_setting_that_decides_is_the_important_one() -> None:
