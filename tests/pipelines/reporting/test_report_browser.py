@@ -18,6 +18,7 @@ from tests.helpers.runs import finish_run, start_run, write_alarms
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 MAX_PAGE_BYTES = 15 * 2**20
+SIZE = {"width": 1280, "height": 800}
 # WCAG 2.2: text of normal size, and graphics.
 MIN_TEXT_CONTRAST, MIN_LINE_CONTRAST = 4.5, 3.0
 
@@ -93,14 +94,6 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(autouse=True)
-def closed_afterwards(browser) -> Iterator[None]:
-    """No page of one test is still playing in the next."""
-    yield
-    for context in browser.contexts:
-        context.close()
-
-
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Path:
     """The page of a finished run with an alarm."""
@@ -123,23 +116,37 @@ def comparison(tmp_path_factory) -> Path:
     return write_report(runs)
 
 
-@pytest.fixture(params=["single", "comparison"])
+@pytest.fixture(scope="module", params=["single", "comparison"])
 def report(request) -> Path:
     return request.getfixturevalue(request.param)
 
 
-def visit(
-    browser: Browser,
-    report: Path,
-    *,
-    width: int = 1280,
-    scheme: str = "light",
-    motion: str = "no-preference",
-) -> Visit:
-    """Opens a page; requests that would leave the file are recorded and blocked."""
-    context = browser.new_context(
-        viewport={"width": width, "height": 800}, color_scheme=scheme, reduced_motion=motion
+@pytest.fixture(scope="module")
+def opened(browser, report) -> Iterator[Visit]:
+    """One visit for many tests: loading a page costs more than all that they look at."""
+    visited = visit(browser, report)
+    yield visited
+    visited.page.context.close()
+
+
+@pytest.fixture
+def page(opened) -> Page:
+    """The page that is open, as it was when it was loaded."""
+    opened.page.set_viewport_size(SIZE)
+    opened.page.emulate_media(color_scheme="light")
+    opened.page.mouse.move(0, 0)
+    opened.page.evaluate(
+        """() => {
+          document.querySelectorAll("details").forEach((one) => { one.open = false; });
+          scrollTo(0, 0);
+        }"""
     )
+    return opened.page
+
+
+def visit(browser: Browser, report: Path, *, motion: str = "no-preference") -> Visit:
+    """Opens a page; requests that would leave the file are recorded and blocked."""
+    context = browser.new_context(viewport=SIZE, color_scheme="light", reduced_motion=motion)
     visited = Visit(context.new_page())
 
     def answer(route: Route) -> None:
@@ -171,13 +178,12 @@ def open_details(page: Page) -> None:
     page.locator("details").evaluate_all("all => all.forEach((one) => { one.open = true; })")
 
 
-def test_it_opens_without_an_error_and_asks_for_nothing(browser, report):
-    visited = visit(browser, report)
-    scroll_through(visited.page)
-    open_details(visited.page)
-    visited.page.wait_for_load_state("networkidle")
-    assert visited.messages == []
-    assert visited.requests == []
+def test_it_opens_without_an_error_and_asks_for_nothing(opened, page):
+    scroll_through(page)
+    open_details(page)
+    page.wait_for_load_state("networkidle")
+    assert opened.messages == []
+    assert opened.requests == []
 
 
 def test_a_page_that_asks_for_something_would_be_caught(browser, single, tmp_path):
@@ -188,14 +194,14 @@ def test_a_page_that_asks_for_something_would_be_caught(browser, single, tmp_pat
     visited = visit(browser, leaking)
     assert visited.requests == ["https://example.org/a.png"]
     assert visited.messages
+    visited.page.context.close()
 
 
 def test_it_is_one_file_of_a_size_that_can_be_mailed(report):
     assert report.stat().st_size < MAX_PAGE_BYTES
 
 
-def test_every_clip_plays_and_loops(browser, report):
-    page = visit(browser, report).page
+def test_every_clip_plays_and_loops(page):
     clips = page.locator("video").all()
     assert clips
     for clip in clips:
@@ -207,8 +213,7 @@ def test_every_clip_plays_and_loops(browser, report):
         assert clip.evaluate("v => v.loop && v.muted && v.videoWidth > 0 && v.duration > 1")
 
 
-def test_every_picture_can_be_decoded(browser, report):
-    page = visit(browser, report).page
+def test_every_picture_can_be_decoded(page):
     broken = page.evaluate(
         """async () => {
           const sources = [...document.querySelectorAll("img")].map((i) => i.src);
@@ -225,8 +230,8 @@ def test_every_picture_can_be_decoded(browser, report):
     assert broken == []
 
 
-def test_the_button_stops_all_clips_and_the_slider_moves_them(browser, single):
-    page = visit(browser, single).page
+@pytest.mark.parametrize("report", ["single"], indirect=True)
+def test_the_button_stops_all_clips_and_the_slider_moves_them(page):
     page.locator("video").first.scroll_into_view_if_needed()
     page.wait_for_function("() => !document.querySelector('video').paused")
     page.locator("#play").click()
@@ -244,18 +249,19 @@ def test_who_wants_less_motion_gets_clips_that_stand_still(browser, single):
     page.locator("video").first.scroll_into_view_if_needed()
     page.wait_for_timeout(500)
     assert page.locator("video").evaluate_all("all => all.every(v => v.paused)")
+    page.context.close()
 
 
 @pytest.mark.parametrize("width", [320, 360, 1280])
-def test_it_never_scrolls_sideways(browser, report, width):
-    page = visit(browser, report, width=width).page
+def test_it_never_scrolls_sideways(page, width):
+    page.set_viewport_size(SIZE | {"width": width})
     open_details(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_curves_stand_out_in_both_schemes(browser, report, scheme):
-    page = visit(browser, report, scheme=scheme).page
+def test_text_and_curves_stand_out_in_both_schemes(page, scheme):
+    page.emulate_media(color_scheme=scheme)
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(background[4:].split(",")[0]) > 128) == (scheme == "light")
     open_details(page)
@@ -266,8 +272,8 @@ def test_text_and_curves_stand_out_in_both_schemes(browser, report, scheme):
     assert [line for line in found["lines"] if line[1] < MIN_LINE_CONTRAST] == []
 
 
-def test_a_curve_shows_its_values_under_the_pointer_and_under_the_keys(browser, single):
-    page = visit(browser, single).page
+@pytest.mark.parametrize("report", ["single"], indirect=True)
+def test_a_curve_shows_its_values_under_the_pointer_and_under_the_keys(page):
     card = page.locator(".chart").filter(has=page.get_by_role("heading", name="fisher")).first
     legend, svg = card.locator(".legend"), card.locator("svg")
     assert legend.inner_text().split() == ["0.01667", "last"]
@@ -284,8 +290,8 @@ def test_a_curve_shows_its_values_under_the_pointer_and_under_the_keys(browser, 
     assert legend.inner_text().split() == ["0.09091", "at", "11"]
 
 
-def test_a_comparison_overlays_its_runs(browser, comparison):
-    page = visit(browser, comparison).page
+@pytest.mark.parametrize("report", ["comparison"], indirect=True)
+def test_a_comparison_overlays_its_runs(page):
     names = page.locator(".runs li b").all_inner_texts()
     assert names == ["demo", "other", "young"]
     legend = page.locator(".chart .legend").first
