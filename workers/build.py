@@ -18,11 +18,7 @@ from torch import nn
 
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.objectives import Objective
-from sgmd_core.objectives.consistency import ConsistencyTerm
-from sgmd_core.objectives.meanflow import MeanFlowTerm
-from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.types import Looks
 from workers.adapters import add_adapters
 from workers.allocator import keep_freed_memory
 from workers.attention import require_kernel
@@ -35,6 +31,7 @@ from workers.evaluator import CHUNK_CLIPS, Evaluator, clips_side_by_side
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.finite import FiniteChecks
 from workers.generator_learner import GeneratorLearner
+from workers.generator_task import GeneratorTask
 from workers.models.addresses import local_model
 from workers.models.experts import ExpertDenoiser
 from workers.models.exporting import DTYPES
@@ -62,11 +59,7 @@ def build_generator(
     seed: int,
     num_threads: int,
     raises: bool = True,
-    looks: Looks | None = None,
-    phases: Phases | None = None,
-    consistency: ConsistencyTerm | None = None,
-    flow: MeanFlowTerm | None = None,
-    first_tracked: int | None = None,
+    task: GeneratorTask | None = None,
 ) -> GeneratorLearner:
     """The generator, starting from the teacher's weights.
 
@@ -78,12 +71,7 @@ def build_generator(
         seed: The run's seed.
         num_threads: Threads of torch.
         raises: As in `workers.finite.FiniteChecks`.
-        looks: Score queries that the objective wants beside the one at the samples.
-        phases: Steps that each iteration trains; None: all of them in every one.
-        consistency: Term on latents of the data; None without one.
-        flow: Term on the strides of a flow head; None without one.
-        first_tracked: First step that rollouts for the fake score may leave at; None: as those for
-            the generator.
+        task: Parts of the method that it computes beside the rollout.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -93,19 +81,7 @@ def build_generator(
     buckets = _latent_buckets(model, video)
     network = _learning(model, settings.compute, settings.lora, seed, "generator", rolls_out=True)
     checks = FiniteChecks(raises=raises)
-    return GeneratorLearner(
-        network,
-        schedule,
-        settings,
-        buckets,
-        seed,
-        checks,
-        looks,
-        phases,
-        consistency,
-        flow,
-        first_tracked,
-    )
+    return GeneratorLearner(network, schedule, settings, buckets, seed, checks, task)
 
 
 def build_fake_score(

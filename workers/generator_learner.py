@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import StaleCallError
-from sgmd_core.objectives.consistency import ConsistencyTerm
-from sgmd_core.objectives.meanflow import MeanFlowTerm
-from sgmd_core.phases import Phase, Phases
+from sgmd_core.phases import Phase
 from sgmd_core.rollout import RolloutExit, anchored, extrapolated, rollout_exit
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import draw
@@ -31,7 +29,6 @@ from sgmd_core.types import (
     GeneratorSignal,
     Latents,
     Look,
-    Looks,
     MicroBatchKey,
     NoisedBatch,
     Purpose,
@@ -42,6 +39,7 @@ from workers.diversity import DiversityLearner
 from workers.ema import AveragedWeights
 from workers.exported_generator import write_generator
 from workers.finite import FiniteChecks
+from workers.generator_task import GeneratorTask
 from workers.models.exporting import DTYPES, kept_in_fp32, narrowed_one
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
@@ -65,12 +63,7 @@ class GeneratorLearner(DiversityLearner):
         latent_shape: Shape (C, T, H, W) of one sample's latents, or shapes that iterations draw.
         seed: The run's seed; with a key it fixes every draw.
         checks: Checks of the numbers that go in and come out; by default they raise.
-        looks: Score queries that the objective wants beside the one at the samples.
-        phases: Steps that each iteration trains; None: all of them in every one.
-        consistency: Term on latents of the data; None without one.
-        flow: Term on the strides of a flow head; None without one.
-        first_tracked: First step that rollouts for the fake score may leave at; None: as those for
-            the generator.
+        task: Parts of the method that it computes beside the rollout.
     """
 
     _role = ROLE
@@ -83,23 +76,18 @@ class GeneratorLearner(DiversityLearner):
         latent_shape: tuple[int, int, int, int] | LatentBuckets,
         seed: int,
         checks: FiniteChecks | None = None,
-        looks: Looks | None = None,
-        phases: Phases | None = None,
-        consistency: ConsistencyTerm | None = None,
-        flow: MeanFlowTerm | None = None,
-        first_tracked: int | None = None,
+        task: GeneratorTask | None = None,
     ) -> None:
-        super().__init__(consistency, flow)
+        task = task or GeneratorTask()
+        super().__init__(task.consistency, task.flow)
         self._checks = checks or FiniteChecks()
         # In evaluation mode, because a replayed rollout must repeat itself.
         self._network = make_trainable(velocity_model)
         self._schedule = schedule
         self._num_steps = settings.num_steps
         self._random_steps = settings.random_steps
-        self._looks = looks or Looks()
-        self._phases = phases
+        self._task = task
         self._diversity = settings.diversity
-        self._first_tracked = first_tracked
         self._precision = DTYPES[settings.compute.precision]
         self._buckets = (
             latent_shape
@@ -127,7 +115,7 @@ class GeneratorLearner(DiversityLearner):
 
     def phase(self, iteration: int) -> Phase | None:
         """The phase of an iteration, where there are phases."""
-        return None if self._phases is None else self._phases.at(iteration)
+        return None if self._task.phases is None else self._task.phases.at(iteration)
 
     def rollout(
         self, key: MicroBatchKey, text: TextBatch, draws: Draws | None = None
@@ -249,7 +237,7 @@ class GeneratorLearner(DiversityLearner):
         Every rank must be asked; the weights are the first one's, those of the others are empty.
         """
         optimizer = self._optimizer
-        weights = optimizer.weights if self._phases is None else optimizer.moved_weights
+        weights = optimizer.weights if self._task.phases is None else optimizer.moved_weights
         return gather_to_rank0(weights.items())
 
     def final_weights(self) -> dict[str, Tensor]:
@@ -364,14 +352,15 @@ class GeneratorLearner(DiversityLearner):
                 first_exit=self._first_exit(key.purpose),
                 random_steps=self._random_steps,
                 phase=self.phase(key.iteration),
-                looks=self._looks if key.purpose is Purpose.GENERATE else None,
+                looks=self._task.looks if key.purpose is Purpose.GENERATE else None,
             )
         return draws_on(draws, device_of(self._network))
 
     def _first_exit(self, purpose: Purpose) -> int:
-        if purpose is Purpose.GENERATE or self._first_tracked is None:
+        tracked = self._task.first_tracked
+        if purpose is Purpose.GENERATE or tracked is None:
             return self._diversity.first_exit
-        return self._first_tracked
+        return tracked
 
     def _off_trajectory(self, left: RolloutExit, text: TextBatch, look: Look) -> Latents:
         """Samples from a state beside the rollout, with their graph."""

@@ -55,11 +55,14 @@ from pipelines.config.walk import walk_contradictions
 from sgmd_core.buckets import drawn_bucket
 from sgmd_core.objectives import adversary_of, cautions_of, first_exit_of, looks_of
 from sgmd_core.objectives.adversarial import AdversarialTerm
+from sgmd_core.objectives.consistency import consistency_of
+from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks, Purpose
 from workers.clip_settings import Bucket, VideoSettings
+from workers.generator_task import GeneratorTask
 from workers.network_settings import ComputeSettings
 from workers.settings import (
     DiscriminatorSettings,
@@ -200,6 +203,17 @@ class DistillConfig(Section):
     def phases(self) -> Phases | None:
         """Phases of the iterations; None where every iteration trains all steps."""
         return phases_in(self)
+
+    @property
+    def generator_task(self) -> GeneratorTask:
+        """Parts of the method that the generator computes beside the rollout."""
+        return GeneratorTask(
+            self.looks,
+            self.phases,
+            consistency_of(self.objective),
+            flow_of(self.objective),
+            self.first_exit(Purpose.TRACK),
+        )
 
     def first_exit(self, purpose: Purpose) -> int:
         """First step that a rollout may leave at; one that both learn from is the generator's."""

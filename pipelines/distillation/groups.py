@@ -46,9 +46,6 @@ from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
 from pipelines.run.places import shared_place
 from pipelines.stages.algorithm import STAGES
-from sgmd_core.objectives.consistency import consistency_of
-from sgmd_core.objectives.meanflow import flow_of
-from sgmd_core.types import Purpose
 from workers.build import (
     build_discriminator,
     build_fake_score,
@@ -284,14 +281,12 @@ def _open(
     seed, threads = config.seed, config.topology.threads_per_rank
     # A rank that raised would leave the others in a collective: see `workers.finite`.
     raises = False
-    terms = (consistency_of(config.objective), flow_of(config.objective))
-    rolled_out = (config.looks, config.phases, *terms, config.first_exit(Purpose.TRACK))
     sampled = (model, config.video, config.schedule)
     roles = Roles(
         generator=group(
             GENERATOR,
             build_generator,
-            (*sampled, config.generator, seed, threads, raises, *rolled_out),
+            (*sampled, config.generator, seed, threads, raises, config.generator_task),
         ),
         fake_score=group(
             FAKE_SCORE,

@@ -19,6 +19,7 @@ from tests.helpers.queries import make_query
 from tests.helpers.small_network import SmallNetwork, predict, random_query, with_leaf
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.generator_task import GeneratorTask
 from workers.network_settings import OptimizerSettings
 from workers.score_teacher import ScoreTeacher
 from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
@@ -284,7 +285,7 @@ def test_three_roles_make_the_gradient_of_one_graph(batched):
     update = OptimizerSettings(lr=1e-3)
     settings = GeneratorSettings(random_steps=STEPS, ema_decay=0.0, optimizer=update)
     generator = GeneratorLearner(
-        networks[0], SCHEDULE, settings, LATENT_SHAPE, 3, looks=looks_of(objective, SCALE)
+        networks[0], SCHEDULE, settings, LATENT_SHAPE, 3, task=GeneratorTask(looks_of(objective, SCALE))
     )
     fake_score = FakeScoreTracker(networks[1], objective, FakeScoreSettings("fresh", update))
     guided = TeacherSettings(guidance_scale=SCALE, batched_guidance=batched)

@@ -23,6 +23,7 @@ from sgmd_core.worlds.gaussian import gaussian_velocity
 from tests.helpers.small_network import SmallNetwork, predict, random_query, with_leaf
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.generator_task import GeneratorTask
 from workers.network_settings import OptimizerSettings
 from workers.score_teacher import ScoreTeacher
 from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
@@ -314,7 +315,7 @@ def roles(objective: PhasedObjective):
         GeneratorSettings(ema_decay=0.0, optimizer=UPDATE),
         LATENT_SHAPE,
         3,
-        phases=objective.phases(SCHEDULE, 4),
+        task=GeneratorTask(phases=objective.phases(SCHEDULE, 4)),
     )
     fake_score = FakeScoreTracker(networks[1], objective, FakeScoreSettings("fresh", UPDATE))
     teacher = ScoreTeacher(networks[2], TeacherSettings(guidance_scale=1.0))

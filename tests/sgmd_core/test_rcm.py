@@ -31,6 +31,7 @@ from tests.helpers.queries import make_query
 from tests.helpers.small_network import SmallNetwork, predict, random_query, with_leaf
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.generator_task import GeneratorTask
 from workers.score_teacher import ScoreTeacher
 from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
 
@@ -242,7 +243,7 @@ def test_matching_alone_is_dmd_on_rollouts_of_random_levels(seed):
             GeneratorSettings(ema_decay=0.0, random_steps=random_steps),
             (1, 2, 2, 2),
             seed,
-            consistency=consistency_of(objective),
+            task=GeneratorTask(consistency=consistency_of(objective)),
         )
         fake_score = FakeScoreTracker(networks[1], objective, FakeScoreSettings("fresh"))
         teacher = ScoreTeacher(networks[2], TeacherSettings(guidance_scale=1.0))

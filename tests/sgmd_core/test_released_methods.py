@@ -25,6 +25,7 @@ from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.small_network import SmallNetwork
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.generator_task import GeneratorTask
 from workers.network_settings import OptimizerSettings
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
@@ -144,7 +145,7 @@ class TestCdm:
             GeneratorSettings(random_steps=self.STEPS, ema_decay=0.0, optimizer=UPDATE),
             LATENT_SHAPE,
             SEED,
-            looks=looks_of(self.OBJECTIVE, SCALE),
+            task=GeneratorTask(looks_of(self.OBJECTIVE, SCALE)),
         )
         fake = FakeScoreTracker(networks[1], self.OBJECTIVE, FakeScoreSettings("fresh", UPDATE))
         settings = TeacherSettings(guidance_scale=SCALE, cfg_norm="layer_norm")
@@ -258,7 +259,7 @@ class TestPhased:
             GeneratorSettings(ema_decay=0.0, optimizer=UPDATE),
             LATENT_SHAPE,
             SEED,
-            phases=phases,
+            task=GeneratorTask(phases=phases),
         )
         fake = FakeScoreTracker(networks[1], self.OBJECTIVE, FakeScoreSettings("fresh", UPDATE))
         teacher = ScoreTeacher(networks[2], TeacherSettings(guidance_scale=SCALE))
@@ -418,7 +419,7 @@ class TestDiversity:
             GeneratorSettings(diversity=settings, ema_decay=0.0, optimizer=UPDATE),
             LATENT_SHAPE,
             SEED,
-            first_tracked=tracked,
+            task=GeneratorTask(first_tracked=tracked),
         )
         for purpose, shortest in ((Purpose.GENERATE, 2), (Purpose.TRACK, first + 1)):
             lengths = set[int]()

@@ -14,6 +14,7 @@ from tests.helpers.roles import gradients, key_of, negative_text, part_of, same_
 from tests.helpers.tiny_wan import LATENT_SHAPE, tiny_velocity
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.generator_task import GeneratorTask
 from workers.score_teacher import ScoreTeacher
 from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
 from workers.sharding import full_tensor, shard
@@ -36,7 +37,7 @@ def passes_and_gradients(indices: tuple[int, ...], steps: RandomSteps = STEPS):
         GeneratorSettings(random_steps=steps),
         LATENT_SHAPE,
         seed=11,
-        looks=looks_of(objective, 2.0),
+        task=GeneratorTask(looks_of(objective, 2.0)),
     )
     fake_score = FakeScoreTracker(networks[1], objective, FakeScoreSettings("fresh"))
     teacher = ScoreTeacher(networks[2], TeacherSettings(guidance_scale=2.0))

@@ -16,6 +16,7 @@ from tests.helpers.ranks import on_ranks
 from tests.helpers.roles import gradients, key_of, negative_text, part_of, same_bits, text_batch
 from tests.helpers.tiny_wan import LATENT_SHAPE, tiny_velocity
 from workers.generator_learner import GeneratorLearner
+from workers.generator_task import GeneratorTask
 from workers.score_teacher import ScoreTeacher
 from workers.settings import GeneratorSettings, TeacherSettings
 from workers.sharding import full_tensor, shard
@@ -31,7 +32,7 @@ def learner(network, term: ConsistencyTerm = TERM) -> GeneratorLearner:
         GeneratorSettings(),
         LATENT_SHAPE,
         seed=11,
-        consistency=term,
+        task=GeneratorTask(consistency=term),
     )
 
 

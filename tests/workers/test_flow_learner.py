@@ -28,6 +28,7 @@ from tests.helpers.tiny_wan import LATENT_SHAPE
 from tests.workers.test_consistency import data_of
 from tests.workers.test_transition import trained
 from workers.generator_learner import GeneratorLearner
+from workers.generator_task import GeneratorTask
 from workers.settings import GeneratorSettings
 from workers.sharding import full_tensor, shard
 
@@ -40,7 +41,7 @@ SEED = 11
 def learner(network, term: MeanFlowTerm = TERM) -> GeneratorLearner:
     schedule = FlowMatchSchedule(shift=3.0)
     settings = GeneratorSettings(num_steps=2)
-    return GeneratorLearner(network, schedule, settings, LATENT_SHAPE, seed=SEED, flow=term)
+    return GeneratorLearner(network, schedule, settings, LATENT_SHAPE, SEED, task=GeneratorTask(flow=term))
 
 
 def gradients_of(batches=(BATCH,), term: MeanFlowTerm = TERM) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from tests.helpers.roles import SEED, Roles, iterate, tiny_roles
 from tests.helpers.tiny_wan import LATENT_SHAPE, tiny_velocity
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.generator_task import GeneratorTask
 from workers.models.experts import ExpertDenoiser
 from workers.network_settings import OptimizerSettings
 from workers.settings import FakeScoreSettings, GeneratorSettings
@@ -33,7 +34,7 @@ def phased_roles(order: PhaseOrder) -> Roles:
         GeneratorSettings(optimizer=optimizer),
         LATENT_SHAPE,
         SEED,
-        phases=objective.phases(schedule, 4),
+        task=GeneratorTask(phases=objective.phases(schedule, 4)),
     )
     settings = FakeScoreSettings(tracking="fresh", ida_decay=DECAY, optimizer=optimizer)
     roles.fake_score = FakeScoreTracker(networks["fake_score"], objective, settings)

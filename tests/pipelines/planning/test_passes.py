@@ -30,9 +30,8 @@ from pipelines.planning.workload import Workload
 from pipelines.stages.costs import PassCosts, Passes
 from pipelines.transition import make_transition
 from sgmd_core.inner_flow import inner_grid
-from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.objectives.meanflow import flow_of
-from sgmd_core.types import DataBatch, Purpose, TextBatch, per_sample
+from sgmd_core.types import DataBatch, TextBatch, per_sample
 from workers.discriminator import Discriminator
 from workers.discriminator_heads import build_heads
 from workers.fake_score_tracker import FakeScoreTracker
@@ -307,11 +306,7 @@ def counting_roles(config: DistillConfig) -> tuple[Roles, dict[str, CountingNetw
         config.generator,
         LATENT_SHAPE,
         config.seed,
-        looks=config.looks,
-        phases=config.phases,
-        consistency=consistency_of(config.objective),
-        flow=flow,
-        first_tracked=config.first_exit(Purpose.TRACK),
+        task=config.generator_task,
     )
     fake_score = FakeScoreTracker(networks["fake_score"], config.objective, config.fake_score)
     judge = None
