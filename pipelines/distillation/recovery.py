@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.checkpoints import Checkpoints
 from cluster.errors import (
     LOST,
     ClusterError,
@@ -27,16 +26,12 @@ from cluster.errors import (
     WorkerDiedError,
     WorkerFrozenError,
 )
-from pipelines.config.recipe import DistillConfig
-from pipelines.distillation.groups import Groups, feed_arguments
+from pipelines.distillation.groups import feed_arguments
 from pipelines.distillation.loading import load_roles
+from pipelines.distillation.open_run import OpenRun
 from pipelines.distillation.position import Position, resume_position
-from pipelines.distillation.preflight import Preflight
 from pipelines.distillation.snapshots import Snapshots
 from pipelines.distillation.states import States
-from pipelines.run.data_log import DataLog
-from pipelines.run.events import EventLog
-from pipelines.run.folder import RunFolder
 from pipelines.run.records import RunEvent
 from sgmd_core.errors import CheckpointError, SgmdError
 
@@ -123,45 +118,23 @@ class Recovery:
     """Repairs a run on Ray.
 
     Args:
-        config: The run's settings.
-        checked: Result of the checks before the run.
-        groups: Roles, feed and validator; their lost processes are replaced in place.
-        folder: Where the run is written down.
-        data: Log of the data that the run has used.
-        checkpoints: Its committed states.
+        run: The run; its lost processes are replaced in place.
         snapshots: Copies of the learners' state in memory.
-        events: Receives what is done.
 
     Attributes:
         has_given_up: True once a failure of the training has not been repaired.
     """
 
-    def __init__(
-        self,
-        config: DistillConfig,
-        checked: Preflight,
-        groups: Groups,
-        folder: RunFolder,
-        data: DataLog,
-        checkpoints: Checkpoints,
-        snapshots: Snapshots,
-        events: EventLog,
-    ) -> None:
-        self._config = config
-        self._checked = checked
-        self._groups = groups
-        self._folder = folder
-        self._data = data
-        self._checkpoints = checkpoints
+    def __init__(self, run: OpenRun, snapshots: Snapshots) -> None:
+        self._run, self._config, self._groups = run, run.config, run.groups
         self._snapshots = snapshots
-        self._events = events
         self.has_given_up = False
         self._unbuilt: set[Process] = set()
         self._budget, self._validator_budget = (
             FailureBudget(
-                config.recovery.failures_per_hour,
-                config.recovery.failures_per_iteration,
-                config.recovery.backoff_s,
+                run.config.recovery.failures_per_hour,
+                run.config.recovery.failures_per_iteration,
+                run.config.recovery.backoff_s,
             )
             for _ in range(2)
         )
@@ -204,7 +177,7 @@ class Recovery:
                 raise
         lost_s = time.monotonic() - began_s
         names = ", ".join(_in_words(name, ranks) for name, ranks in built.items()) or "no process"
-        self._events.add(
+        self._run.events.add(
             RunEvent(
                 kind="recovered",
                 cause=_sentence(error),
@@ -229,7 +202,7 @@ class Recovery:
         lost = replace_lost([validator], 0.0, beside=[validator])
         # Calls wait behind the building, and training for neither.
         validator.rebuild(validator.ranks_in(lost))
-        self._events.add(
+        self._run.events.add(
             RunEvent(
                 kind="recovered",
                 cause=_sentence(error),
@@ -249,7 +222,7 @@ class Recovery:
         """
         spent = budget.spend(_sentence(error), iteration, time.monotonic())
         if event := _event_of(error, iteration):
-            self._events.add(event)
+            self._run.events.add(event)
         if spent:
             self._give_up(error, spent, iteration, budget)
             raise error
@@ -261,7 +234,7 @@ class Recovery:
         """Records that nothing is repaired any more, and tells the whole story in the error."""
         self.has_given_up |= budget is not self._validator_budget
         story = (budget or self._budget).story
-        self._events.add(RunEvent(kind="gave_up", cause=reason, iteration=iteration))
+        self._run.events.add(RunEvent(kind="gave_up", cause=reason, iteration=iteration))
         error.add_note(f"The run was not repaired again: {reason}. Its failures:\n{story}")
 
     def _replace(
@@ -289,16 +262,16 @@ class Recovery:
         if source == _BEGINNING:
             # All start as they were loaded.
             new |= restart_all(learners)
-        warn = self._events.observer.warning
-        self._folder.rewind(position.iteration, warn)
-        self._data.rewind(position.iteration, warn)
+        warn = self._run.observer.warning
+        self._run.folder.rewind(position.iteration, warn)
+        self._run.data.rewind(position.iteration, warn)
         feed = self._ray_groups(self._groups.feed)
         if not keeps_captions(position.iteration) and not feed[0].ranks_in(new):
             new |= restart_all(feed)
-        progress = self._data.progress(position.cursor, position.rows)
+        progress = self._run.data.progress(position.cursor, position.rows)
         left = self._config.iterations - position.iteration
         arguments = feed_arguments(
-            self._config, self._checked, progress, left * self._checked.rows_per_iteration
+            self._config, self._run.checked, progress, left * self._run.checked.rows_per_iteration
         )
         for group in groups:
             if ranks := group.ranks_in(new):
@@ -309,22 +282,22 @@ class Recovery:
         if source == _SNAPSHOT:
             self._snapshots.restore()
         elif source == _CHECKPOINT:
-            load_roles(roles, self._checkpoints.folder(position.iteration), self._config)
+            load_roles(roles, self._run.checkpoints.folder(position.iteration), self._config)
         return position, source
 
     def _newest_state(self) -> tuple[Position, str]:
         """Position of the newest state that both learners have, and a word for what holds it."""
         kept = self._snapshots.position
-        if kept is not None and kept.iteration >= (self._checkpoints.latest() or 0):
+        if kept is not None and kept.iteration >= (self._run.checkpoints.latest() or 0):
             return kept, _SNAPSHOT
         passed_over: list[RunEvent] = []
         try:
             saved = resume_position(
                 self._config,
-                self._checked,
-                self._folder,
-                self._checkpoints,
-                self._events.observer.warning,
+                self._run.checked,
+                self._run.folder,
+                self._run.checkpoints,
+                self._run.observer.warning,
                 passed_over.append,
             )
         except CheckpointError:
@@ -334,7 +307,7 @@ class Recovery:
         if kept is not None and kept.iteration >= saved.iteration:
             return kept, _SNAPSHOT
         for event in passed_over:
-            self._events.add(event)
+            self._run.events.add(event)
         return saved, _CHECKPOINT if saved.iteration else _BEGINNING
 
     def _ray_groups(self, *groups: Any) -> "Sequence[RayWorkerGroup[Any]]":  # noqa: ANN401

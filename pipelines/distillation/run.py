@@ -1,14 +1,15 @@
 """The main job: distils a many-step teacher into a few-step generator.
 
-    check everything -> open the roles -> [take captions -> iterate -> record] -> export
+    check everything -> start the roles -> [take captions -> iterate -> record] -> export
 
-    distill              brings the run's folder here, where it is kept at an address
-    _checked_distill     checks settings, model, data and machine; holds the folder, hears signals
-    _distill             begins or takes up; again on a smaller topology where machines are lost
+    distill              opens the run's folder, or a working copy of one at an address
+    _checked_distill     checks settings, model, data and machine; locks the folder, handles signals
+    _distill             starts or resumes the run; repeats with a smaller topology if machines are
+                         lost for good
     _place_and_train     starts the roles' processes and the trackers, loads the state
-    _train               trains to the end, across failures
+    _train               trains to the end, and repairs failures
 
-The controller, the process that runs this, moves handles and small records; every tensor stays with
+The controller, the process that runs this, passes references and small records; tensors stay with
 the roles. The loop over iterations is in `training.py`, one iteration in `iteration.py`.
 """
 
@@ -22,6 +23,7 @@ from cluster.errors import LOST, ClusterError, StartTimeoutError
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.endings import stopped_early
 from pipelines.distillation.groups import open_groups
+from pipelines.distillation.open_run import OpenRun
 from pipelines.distillation.position import (
     Position,
     begin,
@@ -58,13 +60,13 @@ def dry_run(config: DistillConfig, *, resume: bool = False) -> dict[str, Any]:
 
     Args:
         config: The run.
-        resume: Whether an earlier run is to go on.
+        resume: Whether an earlier run is to be resumed.
 
     Returns:
-        What the run comes to; under `checked` and `not_checked` what was looked at.
+        Size and cost of the run; the checks made and left out, under `checked` and `not_checked`.
 
     Raises:
-        SgmdError: What does not fit.
+        SgmdError: A setting, the model or the data do not fit.
     """
     found = run_preflight(config)
     with working_copy(config.run_folder, NOT_NEEDED):
@@ -89,8 +91,8 @@ def distill(
 
     Args:
         config: The run; its folder is `config.run_folder`.
-        resume: Go on from the newest checkpoint in that folder. The resumed run makes the same
-            numbers as one that was never interrupted (bitwise on a CPU).
+        resume: Continue from the newest checkpoint in that folder. The resumed run makes the same
+            numbers as an uninterrupted one (bitwise on a CPU).
         observer: Receives the events of the run.
         in_trial: Use the placement group of the Tune trial that this process is.
         stop_rule: Ends the run, at `config.iterations` at the latest, which is its default.
@@ -102,7 +104,7 @@ def distill(
     Raises:
         SgmdError: A wrong setting, model folder or shard, before anything is started; or a loss
             that stopped being finite, with a note of where the last good state is.
-        ClusterError: Ray, a pool or a worker is not there (any more).
+        ClusterError: Ray, a pool or a worker is missing or lost.
         LeaseError: Another process runs in the folder.
     """
     terminal = observer or RunObserver()
@@ -129,7 +131,7 @@ class _Job:
         events: Receives what happens to the run.
         stops: Requests to stop.
         stop_rule: Ends the run.
-        resume: Whether an earlier run goes on.
+        resume: Whether an earlier run is resumed.
         in_trial: Whether the run has the placement group of a Tune trial.
         service: Name of the service whose frozen roles the run uses; empty: own ones.
     """
@@ -154,7 +156,7 @@ def _checked_distill(
     stop_rule: StopRule,
     service: str,
 ) -> dict[str, Any]:
-    """Checks a distillation, and runs it in its folder, which is on this machine by now."""
+    """Checks a distillation, and runs it in its folder on this machine."""
     folder = RunFolder(config.run_folder)
     log = RunLog(folder.log, config.name, terminal.warning)
     observer = Observers([terminal, log])
@@ -195,34 +197,34 @@ def _errors_in(log: RunLog, stops: StopRequests) -> Iterator[None]:
 
 
 def _distill(config: DistillConfig, job: _Job) -> dict[str, Any]:
-    """Runs a job, on a smaller topology where machines are lost for good."""
-    early: list[RunEvent] = []
+    """Runs a job, on a smaller topology if machines are lost for good."""
+    earlier: list[RunEvent] = []
     if job.resume:
-        start, early = _take_up(config, job)
+        start, earlier = _resume(config, job)
     else:
         start = Position()
         begin(config, job.checked, job.folder)
     job.log.open()
     if job.in_trial:
-        # It has the placement group that Tune has made.
+        # Tune made the placement group, so the topology cannot change.
         config = config.with_settings({"recovery.shortage": "wait"})
     observer = job.events.observer
     while True:
         try:
-            return _place_and_train(config, job, start, early)
+            return _place_and_train(config, job, start, earlier)
         except _NotPlacedAgain as failure:
             config, event = _replanned(config, failure.error)
         # The trackers of the attempt that failed are closed.
         job.events.observer = observer
         job.events.add(event)
-        start, early = _take_up(config, job, event)
+        start, earlier = _resume(config, job, event)
 
 
 class _NotPlacedAgain(Exception):
-    """No machine has come in place of a lost one, and the run may take a smaller topology.
+    """No machine replaces a lost one, and the run may use a smaller topology.
 
     Args:
-        error: Says so.
+        error: The timeout of the wait for a machine.
     """
 
     def __init__(self, error: StartTimeoutError) -> None:
@@ -231,10 +233,10 @@ class _NotPlacedAgain(Exception):
 
 
 def _replanned(config: DistillConfig, error: StartTimeoutError) -> tuple[DistillConfig, RunEvent]:
-    """A smaller topology for what is left of the cluster, and the event that tells of it.
+    """A smaller topology for the rest of the cluster, and the event that reports it.
 
     Raises:
-        StartTimeoutError: None fits.
+        StartTimeoutError: No topology fits.
     """
     from cluster.runtime import start_ray
 
@@ -249,12 +251,12 @@ def _replanned(config: DistillConfig, error: StartTimeoutError) -> tuple[Distill
 
 
 def _place_and_train(
-    config: DistillConfig, job: _Job, start: Position, early: Sequence[RunEvent]
+    config: DistillConfig, job: _Job, start: Position, earlier: Sequence[RunEvent]
 ) -> dict[str, Any]:
-    """Opens the groups of a run, and trains from a position to the end."""
+    """Starts the groups of a run, and trains from a position to the end."""
     checked, folder, events = job.checked, job.folder, job.events
     observer = events.observer
-    # Before anything is started, what the run begins with is where it belongs.
+    # The files that the run starts from are stored before any process is started.
     folder.flush()
     data = DataLog(folder, len(training_sets(config)))
     observer.note(f"starting the roles ({config.topology.mode})")
@@ -279,63 +281,65 @@ def _place_and_train(
         _open_trackers(config, folder) as trackers,
     ):
         beside = Observers([*trackers, _exporter(config, start)])
-        # Of taking the run up, which was before there were trackers.
-        for event in early:
+        # Events of the resume are older than the trackers.
+        for event in earlier:
             beside.event(event)
         observers = Observers([observer, beside])
         events.observer = observers
         checkpoints = Checkpoints(shared_place(folder.checkpoints))
-        run = Distillation(config, checked, groups, folder, data, checkpoints, events, observers)
+        run = Distillation(
+            OpenRun(config, checked, groups, folder, data, checkpoints, events)
+        )
         run.load(start)
         may_replan = config.recovery.shortage == "replan"
-        goes_on = False
+        is_replanned = False
         try:
             return _train(run, start, job, may_replan=may_replan)
         except _NotPlacedAgain:
-            goes_on = True
+            is_replanned = True
             raise
         except (StopRequestedError, AlarmError):
-            # These say where the state is.
+            # These name the state to resume from.
             raise
         except Exception as error:
             # Ranks raise errors of torch and CUDA, too.
-            run.tell_last_good(error)
+            run.note_last_good(error)
             raise
         finally:
-            if not goes_on:
+            if not is_replanned:
                 job.stops.end()
             run.write_trace()
 
 
-def _take_up(
+def _resume(
     config: DistillConfig, job: _Job, why: RunEvent | None = None
 ) -> tuple[Position, list[RunEvent]]:
-    """Puts the logs of an earlier run back to where it goes on.
+    """Rewinds the logs of an earlier run to the state that it resumes from.
 
     Args:
         config: The run's settings.
         job: The run.
-        why: Event because of which it goes on; None: a resume by hand.
+        why: Event that caused the resume; None: the user asked for it.
 
     Returns:
-        Where it goes on, and what the events have said of it.
+        The position, and the events of the resume.
     """
     folder, warn = job.folder, job.events.observer.warning
     new_events: list[RunEvent] = [why] if why else []
     checkpoints = Checkpoints(shared_place(folder.checkpoints))
 
-    def tell(event: RunEvent) -> None:
+    def report(event: RunEvent) -> None:
         job.events.add(event)
         new_events.append(event)
 
-    start = resume_position(config, job.checked, folder, checkpoints, warn, tell)
+    start = resume_position(config, job.checked, folder, checkpoints, warn, report)
     folder.rewind(start.iteration, warn)
     warn_of_gaps(folder, start.iteration, warn)
     DataLog(folder, len(training_sets(config))).rewind(start.iteration, warn)
-    tell(
+    report(
         RunEvent(
             kind="restarted",
-            cause=why.action if why else "the run was taken up with --resume",
+            cause=why.action if why else "the run was resumed with --resume",
             action=f"goes on at iteration {start.iteration}",
             iteration=start.iteration,
         )
@@ -361,7 +365,7 @@ def _open_trackers(config: DistillConfig, folder: RunFolder) -> Iterator[list[Ru
 
 
 def _exporter(config: DistillConfig, start: Position) -> RunObserver:
-    """Exports the run's figures through Ray, where it runs on it."""
+    """Exports the run's figures through Ray's metrics, if the run uses Ray."""
     if config.topology.mode == "local":
         return RunObserver()
     from pipelines.run.ray_metrics import RayMetrics
@@ -370,7 +374,7 @@ def _exporter(config: DistillConfig, start: Position) -> RunObserver:
 
 
 def _train(run: Distillation, start: Position, job: _Job, *, may_replan: bool) -> dict[str, Any]:
-    """Trains to the end, across failures; returns the run's summary."""
+    """Trains to the end, and repairs failures; returns the run's summary."""
     stops = job.stops
     failure: ClusterError | None = None
     with stops.ending_in(lambda: run.endings.while_repairing(stops)):

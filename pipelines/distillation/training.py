@@ -3,7 +3,7 @@
     captions -> iterate -> record -> save, validate -> ... -> export, summary
     a process is lost -> recover -> the loop goes on from the last common state
 
-The controller in this file moves handles and small records; every tensor stays with the roles.
+The controller passes references and small records; tensors stay with the roles.
 """
 
 import time
@@ -11,32 +11,26 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from cluster.checkpoints import Checkpoints
 from cluster.errors import ClusterError, StorageError, WorkerDiedError
 from cluster.storage import write_json
 from cluster.worker_group import Future
-from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.endings import Endings
 from pipelines.distillation.exports import Exports
-from pipelines.distillation.groups import Groups
 from pipelines.distillation.guards import UpdateGuard
 from pipelines.distillation.iteration import IterationReport, run_iterations
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.distillation.lag import LagWatch
 from pipelines.distillation.loading import load_generator, load_roles
 from pipelines.distillation.monitor import RunMonitor, is_due
+from pipelines.distillation.open_run import OpenRun
 from pipelines.distillation.position import Position
-from pipelines.distillation.preflight import Preflight
 from pipelines.distillation.prompts import Prompts
 from pipelines.distillation.recovery import Recovery
 from pipelines.distillation.snapshots import Snapshots
 from pipelines.distillation.states import States
 from pipelines.distillation.summary import summarise
 from pipelines.distillation.training_sets import takes_sizes_from_data
-from pipelines.run.data_log import DataLog
-from pipelines.run.events import EventLog
-from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
-from pipelines.run.observer import RunObserver
+from pipelines.run.folder import append_jsonl, read_jsonl
 from pipelines.run.places import shared_place
 from pipelines.run.records import IterationRecord
 from pipelines.run.stop_rule import StopRule
@@ -48,7 +42,7 @@ from sgmd_core.types import Text
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
 
-# Iterations that may overlap before everything is waited for; bounds what the controller lists.
+# Iterations that may overlap before the loop waits for all; bounds the controller's list of calls.
 _LONGEST = 10
 
 
@@ -56,46 +50,22 @@ class Distillation:
     """A run under way: the loop and its bookkeeping.
 
     Args:
-        config: The run's settings.
-        checked: Result of the checks before the run.
-        groups: The roles, the caption feed and the validator.
-        folder: Where the run is written down.
-        data: Log of the data that the run has used.
-        checkpoints: Its committed states.
-        events: Log of the run's failures.
-        observer: Receives everything else that happens.
+        run: The run, with its roles started.
     """
 
-    def __init__(
-        self,
-        config: DistillConfig,
-        checked: Preflight,
-        groups: Groups,
-        folder: RunFolder,
-        data: DataLog,
-        checkpoints: Checkpoints,
-        events: EventLog,
-        observer: RunObserver,
-    ) -> None:
-        self._config = config
-        self._checked = checked
-        self._groups = groups
-        self._folder = folder
-        self._data = data
-        self._checkpoints = checkpoints
-        self._observer = observer
+    def __init__(self, run: OpenRun) -> None:
+        config, groups, folder = run.config, run.groups, run.folder
+        self._run, self._config, self._groups, self._folder = run, config, groups, folder
+        self._observer = run.observer
         roles, recovery = groups.roles, config.recovery
         self._is_on_ray = config.topology.mode != "local"
         self._snapshots = Snapshots(
             roles,
             recovery.snapshot_share if self._is_on_ray and recovery.failures_per_hour else 0.0,
             config.topology.call_timeout_s,
-            observer.warning,
+            run.observer.warning,
         )
-        self._recovery = Recovery(
-            config, checked, groups, folder, data, checkpoints, self._snapshots, events
-        )
-        self._events = events
+        self._recovery = Recovery(run, self._snapshots)
         lines = read_jsonl(folder.metrics)
         self._guard = UpdateGuard(
             config.guards, roles.scheduled, config.topology.call_timeout_s, lines
@@ -104,9 +74,9 @@ class Distillation:
         self._position = Position()
         self._prompts: Prompts | None = None
         self._rebuilt: set[str] = set()
-        self._told: Exception | None = None
+        self._noted: Exception | None = None
         self._monitor = self._new_monitor()
-        self._states = States(config, roles, folder, checkpoints, self._monitor)
+        self._states = States(config, roles, folder, run.checkpoints, self._monitor)
         self._plan = plan_iteration(config, self._negative())
         self._trace = RunTrace(
             [*roles.scheduled.values(), roles.text],
@@ -121,10 +91,11 @@ class Distillation:
         if not start.iteration:
             return
         for iteration in self._monitor.lost(start.iteration):
-            folder = self._checkpoints.folder(iteration)
+            folder = self._run.checkpoints.folder(iteration)
             load_generator(self._groups.roles.generator, folder, self._config)
             self._validate(iteration, is_last=True)
-        load_roles(self._groups.roles, self._checkpoints.folder(start.iteration), self._config)
+        folder = self._run.checkpoints.folder(start.iteration)
+        load_roles(self._groups.roles, folder, self._config)
 
     def train(
         self,
@@ -153,7 +124,7 @@ class Distillation:
         is_last = stop_rule.is_reached(start.iteration, spent_s)
         self._catch_up(is_last)
         if self._monitor.fatal is not None and not is_last:
-            # It sounded just before a process was lost.
+            # It was raised just before a process was lost.
             raise self.endings.alarm(self._monitor.fatal, start)
         while not stop_rule.is_reached(self._position.iteration, spent_s):
             self._keep_snapshot()
@@ -178,7 +149,7 @@ class Distillation:
                 raise self.endings.stopped(stops, position)
 
     def _iterations(self, prompts: Prompts, stops: StopRequests) -> Iterator[float]:
-        """Makes and records the iterations up to the next point that looks at what is due.
+        """Makes and records the iterations up to the next check of saves and validations.
 
         Yields:
             Recorded seconds of each.
@@ -202,26 +173,26 @@ class Distillation:
                     guard=self._guard,
                     stops=stops,
                 )
-                # In this process an update that is broken off would leave half of it behind.
+                # In one process, an interrupted update would be half done.
                 for report in stops.bounded(reports, interrupts=self._is_on_ray):
                     yield self._record(report, prompts, began)
                     began = time.perf_counter()
             except (NonFiniteError, AlarmError) as error:
                 may_save = self._is_in_step and self._guard.weights_are_finite
-                self.tell_last_good(error, may_save=may_save)
+                self.note_last_good(error, may_save=may_save)
                 raise
 
     def recover(self, error: ClusterError) -> Position:
-        """Replaces processes that are lost, and goes back to a state that both learners have.
+        """Replaces lost processes, and returns both learners to their last common state.
 
         Args:
             error: The failure, one of `cluster.errors.LOST`.
 
         Returns:
-            Where the run goes on.
+            The position that the run continues from.
 
         Raises:
-            SgmdError: The failure, where the run cannot go on.
+            SgmdError: The failure, if the run cannot continue.
         """
         if not self._is_on_ray:
             raise error
@@ -234,7 +205,7 @@ class Distillation:
         )
         iteration = repaired.position.iteration
         self._rebuilt |= repaired.built.keys()
-        # This may lose another process. Then all of what follows waits for the next repair.
+        # This may fail by another lost process; the next repair then does what follows.
         self._trace.rewind(iteration, self._rebuilt)
         built, self._rebuilt = self._rebuilt, set()
         lines = read_jsonl(self._folder.metrics)
@@ -255,27 +226,27 @@ class Distillation:
         return repaired.position
 
     def write_trace(self) -> None:
-        """Writes trace.json of what is known by now, also after a failure."""
+        """Writes trace.json of all calls so far, also after a failure."""
         try:
             self._trace.write(self._folder.trace)
         except StorageError as error:
-            # It must not hide the failure before it.
+            # This error must not hide an earlier one.
             self._observer.warning(f"{self._folder.trace.name} was not written. {error}")
 
     @property
     def has_given_up(self) -> bool:
-        """True if no failure is repaired: the budget is spent, a repair failed, or without Ray."""
+        """True if failures are not repaired: no Ray, the budget is spent, or a repair failed."""
         return not self._is_on_ray or self._recovery.has_given_up
 
-    def tell_last_good(self, error: Exception, *, may_save: bool = False) -> None:
-        """Adds to an error, once, which state the run can be resumed from.
+    def note_last_good(self, error: Exception, *, may_save: bool = False) -> None:
+        """Adds a note to an error, once: the state that the run can be resumed from.
 
         Args:
             error: The error that ends the run.
             may_save: Whether the roles stand where the run does, in a state worth saving.
         """
-        if error is not self._told:
-            self._told = error
+        if error is not self._noted:
+            self._noted = error
             error.add_note(self._states.keep_last_good(self._position, may_save=may_save))
 
     def finish(self, stops: StopRequests) -> dict[str, Any]:
@@ -296,7 +267,9 @@ class Distillation:
         insist("pruning", self._states.prune)
         insist("the best generator", exports.export_best)
         self._trace.close(self._monitor.silent)
-        summary = summarise(self._config, self._folder, self._data.counts(), self._monitor.ranking)
+        summary = summarise(
+            self._config, self._folder, self._run.data.counts(), self._monitor.ranking
+        )
         summary |= {
             "utilisation": self._trace.utilisation(),
             "critical_path_s": self._trace.critical_path(),
@@ -309,16 +282,16 @@ class Distillation:
 
     def _left_out(self) -> list[str]:
         """Components without which the generator makes no clips of prompts, if it lacks some."""
-        model = self._checked.model
+        model = self._run.checked.model
         lacks_all = self._config.export.components == "none"
         return [name for name in model.layout.dispensable if lacks_all or name not in model.weights]
 
     def _new_monitor(self) -> RunMonitor:
-        """Monitor of the run as its folder has it now."""
+        """A monitor that starts from the records in the run's folder."""
         return RunMonitor(
             self._config,
             self._folder,
-            self._checkpoints,
+            self._run.checkpoints,
             self._groups.validator,
             self._observer,
             self._replace_validator if self._is_on_ray else None,
@@ -333,14 +306,14 @@ class Distillation:
         )
 
     def _keep_snapshot(self) -> None:
-        """Copies the state of the learners into memory elsewhere, if it is time to."""
+        """Copies the learners' state into memory of other processes, if a copy is due."""
         if self._snapshots.is_due(self._position):
             self._snapshots.take(self._position)
             if self._prompts is not None:
                 self._prompts.forget(self._position.iteration)
 
     def _catch_up(self, is_last: bool) -> None:
-        """Saves and validates what a failure has come before."""
+        """Makes the save and the validation that a failure has prevented."""
         iteration = self._position.iteration
         if not iteration:
             return
@@ -353,13 +326,17 @@ class Distillation:
     @property
     def endings(self) -> Endings:
         """Ends of the run before its last iteration."""
-        return Endings(self._config, self._folder, self._states, self._exports, self._events)
+        return Endings(
+            self._config, self._folder, self._states, self._exports, self._run.events
+        )
 
     @property
     def _exports(self) -> Exports:
-        """Ranks by the monitor of now."""
+        """Exports by the present monitor's ranking."""
         generator = self._groups.roles.generator
-        return Exports(self._config, generator, self._folder, self._checkpoints, self._monitor)
+        return Exports(
+            self._config, generator, self._folder, self._run.checkpoints, self._monitor
+        )
 
     @property
     def _is_in_step(self) -> bool:
@@ -374,11 +351,11 @@ class Distillation:
     def _open_prompts(self, first: int) -> Prompts:
         return Prompts(
             self._groups.feed,
-            self._data,
+            self._run.data,
             self._config.batch.size,
             self._plan.batches_per_iteration,
-            stored=self._checked.has_stored_text,
-            has_data=self._checked.has_data_latents,
+            stored=self._run.checked.has_stored_text,
+            has_data=self._run.checked.has_data_latents,
             iterations=(first, self._config.iterations),
             timeout_s=self._config.topology.call_timeout_s,
             seed=self._config.seed,
@@ -387,7 +364,7 @@ class Distillation:
         )
 
     def _num_together(self, first: int) -> int:
-        """Iterations from here that may overlap: as far as the next state that is looked at."""
+        """Iterations from here that may overlap, up to the next save, validation or measurement."""
         if not self._plan.max_staleness_iterations:
             return 1
         last = first + 1
@@ -401,7 +378,7 @@ class Distillation:
         iteration = self._position.iteration
         taken = prompts.used(iteration)
         last = taken.batches[-1]
-        self._data.record(iteration, taken.batches)
+        self._run.data.record(iteration, taken.batches)
         record = IterationRecord(
             iteration=iteration,
             losses=report.losses,
@@ -422,7 +399,7 @@ class Distillation:
         )
         append_jsonl(self._folder.metrics, record.to_json())
         for skipped in report.skipped:
-            self._events.add(skipped.event(iteration))
+            self._run.events.add(skipped.event(iteration))
         self._observer.iteration(record)
         self._monitor.iteration(record)
         self._snapshots.add_iteration(record.seconds_total)
