@@ -70,7 +70,7 @@ from pipelines.data.stream.source import Source
 from pipelines.data.stream.stream import plan_windows
 from pipelines.data.stream.window import read_window
 from pipelines.data.stream.window_decoding import decode_rows
-from pipelines.run.folder import git_revision, versions
+from pipelines.run.revision import git_revision, versions
 from pipelines.shapes import FRAME_PX, NUM_FRAMES
 
 _PASSES = 4

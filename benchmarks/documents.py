@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.run.folder import git_revision, versions
+from pipelines.run.revision import git_revision, versions
 
 
 def write_document(benchmark: str, measured: dict[str, Any], output: Path | None) -> None:

@@ -30,7 +30,8 @@ from pipelines.media.plot_files import (
     svg_file,
 )
 from pipelines.run.differences import value_differences
-from pipelines.run.folder import RunFolder, git_revision, read_jsonl, versions
+from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.revision import git_revision, versions
 
 RECORD = "reference-run.json"
 DEFAULT = Path(__file__).parents[1] / "docs" / "reference-run" / RECORD

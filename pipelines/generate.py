@@ -26,7 +26,7 @@ from pipelines.data.making.manifest_rows import fault_of_text
 from pipelines.data.shards.caption_rule import is_blank
 from pipelines.media.inference import InferenceSettings, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
-from pipelines.run.folder import require_output_folder
+from pipelines.run.outputs import require_output_folder
 from pipelines.run.generator_folder import model_folder
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ShapeError

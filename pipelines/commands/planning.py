@@ -197,7 +197,7 @@ def _words(result: "Plan") -> list[str]:
 
 def _require_new(path: Path) -> None:
     """Checks before a plan is made that its recipe can be written to a new file."""
-    from pipelines.run.folder import require_on_disk, require_output_folder
+    from pipelines.run.outputs import require_on_disk, require_output_folder
 
     require_on_disk(path, "--write")
     require_output_folder(path, "--write", is_file=True)

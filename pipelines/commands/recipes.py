@@ -49,7 +49,7 @@ def copy_recipe(
     """Copy a recipe, to be edited."""
     from cluster.storage import write_text
     from pipelines.config.recipe_files import find_recipe, recipe_text
-    from pipelines.run.folder import require_on_disk, require_output_folder
+    from pipelines.run.outputs import require_on_disk, require_output_folder
 
     source = find_recipe(recipe)
     target = target or Path(source.name)

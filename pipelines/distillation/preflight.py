@@ -44,7 +44,7 @@ from pipelines.distillation.training_sets import (
     training_sets,
 )
 from pipelines.planning.stored_text import StoredText
-from pipelines.run.folder import require_lasting_folder
+from pipelines.run.outputs import require_lasting_folder
 from pipelines.run.places import shared_place
 from pipelines.stages.algorithm import needs_data
 from pipelines.stages.kind import IterationKind

@@ -27,7 +27,8 @@ from pipelines.planning.savings import savings
 from pipelines.planning.search import PoolSplit, rank_memory
 from pipelines.planning.stored_text import ENCODING, TEXT
 from pipelines.planning.workload import Workload
-from pipelines.run.folder import RunFolder, require_output_folder
+from pipelines.run.folder import RunFolder
+from pipelines.run.outputs import require_output_folder
 from sgmd_core.errors import ConfigError
 from sgmd_core.words import count_in_words
 from workers.models.exporting import DTYPES

@@ -19,7 +19,8 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.monitor import RunMonitor
 from pipelines.distillation.position import Position
-from pipelines.run.folder import RunFolder, versions
+from pipelines.run.folder import RunFolder
+from pipelines.run.revision import versions
 from sgmd_core.errors import SgmdError, StaleCallError
 from workers.generator_learner import AVERAGE
 from workers.role_state import is_role_written

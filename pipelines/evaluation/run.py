@@ -39,7 +39,8 @@ from pipelines.evaluation.result import (
 from pipelines.evaluation.set_distances import SetDistance, set_distances
 from pipelines.evaluation.teacher_sets import TEACHER_SETS, NamedExtractor, TeacherSets
 from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
-from pipelines.run.folder import require_inside, require_lasting_folder, versions
+from pipelines.run.revision import versions
+from pipelines.run.outputs import require_inside, require_lasting_folder
 from pipelines.run.opened_copy import hold_place, run_copy, working_copy
 from sgmd_core.metrics.bootstrap import (
     median_interval,

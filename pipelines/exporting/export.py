@@ -23,7 +23,8 @@ from cluster.folders import whole_folder_at
 from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source
 from pipelines.exporting.target import EXPORTS, require_safe_target
-from pipelines.run.folder import RunFolder, require_inside
+from pipelines.run.folder import RunFolder
+from pipelines.run.outputs import require_inside
 from pipelines.run.opened_copy import run_copy
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError

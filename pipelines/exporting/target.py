@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.files import real_path, store_address
-from pipelines.run.folder import RunFolder, require_output_folder
+from pipelines.run.folder import RunFolder
+from pipelines.run.outputs import require_output_folder
 from pipelines.run.places import shared_place
 from pipelines.run.replaceable import require_replaceable
 from sgmd_core.errors import ConfigError

@@ -75,7 +75,7 @@ from pipelines.pretraining.stages import (
     require_same_stages,
     stage_identities,
 )
-from pipelines.run.folder import require_output_folder
+from pipelines.run.outputs import require_output_folder
 from pipelines.run.opened_copy import hold_place, working_copy
 from pipelines.run.places import local_of, shared_place
 from pipelines.run.publisher import publish_now, publishing

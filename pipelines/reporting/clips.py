@@ -22,7 +22,7 @@ from pipelines.data.clips.transcoding import shrink_video
 from pipelines.media.clip_files import ClipColumn, ClipFiles, clips_folder, read_clip_files
 from pipelines.reporting.curves import LabelledRun
 from pipelines.reporting.records import RunRecords
-from pipelines.run.folder import file_inside
+from pipelines.run.outputs import file_inside
 from sgmd_core.errors import DataError
 
 # Base64 adds a third, so that a page stays below 15 MB with room for curves and text.

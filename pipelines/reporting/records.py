@@ -16,7 +16,8 @@ import yaml
 from cluster.logs import is_number
 from pipelines.config.yaml_text import read_yaml
 from pipelines.evaluation.run import EVALUATION_FILE
-from pipelines.run.folder import RunFolder, file_inside
+from pipelines.run.folder import RunFolder
+from pipelines.run.outputs import file_inside
 from sgmd_core.errors import CheckpointError
 
 T = TypeVar("T")

@@ -19,7 +19,8 @@ from cluster.errors import StorageError
 from cluster.redaction import without_secrets
 from cluster.said import OWN_LOGGERS, Said
 from pipelines.run.alarms import Alarm
-from pipelines.run.folder import append_jsonl, git_revision
+from pipelines.run.folder import append_jsonl
+from pipelines.run.revision import git_revision
 from pipelines.run.observer import RunObserver
 from pipelines.run.origin import command_line
 from pipelines.run.progress import describe_validation

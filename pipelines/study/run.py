@@ -26,7 +26,9 @@ from pipelines.distillation.position import differences
 from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.run import NOT_NEEDED, distill
 from pipelines.planning.passes import expected_passes, pass_costs, units_by_role
-from pipelines.run.folder import RunFolder, git_revision, require_output_folder, versions
+from pipelines.run.folder import RunFolder
+from pipelines.run.revision import git_revision, versions
+from pipelines.run.outputs import require_output_folder
 from pipelines.run.observer import RunObserver
 from pipelines.run.opened_copy import copy_at, working_copy
 from pipelines.run.places import shared_place

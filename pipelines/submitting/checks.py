@@ -34,7 +34,7 @@ from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.source import Source
 from pipelines.distillation.preflight import inspect_captions, inspect_networks, run_preflight
 from pipelines.pretraining.config import PretrainConfig, load_pretraining
-from pipelines.run.folder import require_lasting_folder
+from pipelines.run.outputs import require_lasting_folder
 from pipelines.run.places import shared_place
 from pipelines.study.run import folder_of, plan_study
 from pipelines.submitting.request import JobRequest, TravellingFile, is_lasting, rooted

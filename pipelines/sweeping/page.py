@@ -17,7 +17,7 @@ from pipelines.media.charts import number
 from pipelines.media.pages import page_templates
 from pipelines.media.scatter import interval_words
 from pipelines.reporting.names import duration, title
-from pipelines.run.folder import require_inside, require_output_folder
+from pipelines.run.outputs import require_inside, require_output_folder
 from pipelines.run.places import shared_place
 from pipelines.sweeping.importance import comparable, importances
 from pipelines.sweeping.page_charts import (

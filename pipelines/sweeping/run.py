@@ -42,7 +42,8 @@ from pipelines.distillation.pools import (
 )
 from pipelines.distillation.run import NOT_NEEDED
 from pipelines.run.differences import value_differences
-from pipelines.run.folder import TEACHER_CLIPS, RunFolder, require_output_folder
+from pipelines.run.folder import TEACHER_CLIPS, RunFolder
+from pipelines.run.outputs import require_output_folder
 from pipelines.run.observer import RunObserver
 from pipelines.run.opened_copy import hold_place, working_copy
 from pipelines.run.places import local_of, shared_place

@@ -27,7 +27,7 @@ from cluster.storage import read_json, write_json, write_text
 from pipelines.config.gaussian_study import GaussianStudyConfig
 from pipelines.config.recovery import RecoverySettings
 from pipelines.data.making.ordered_pool import die_with_parent
-from pipelines.run.folder import require_output_folder
+from pipelines.run.outputs import require_output_folder
 from pipelines.run.places import local_of, shared_place
 from pipelines.run.publisher import publish_now, published_place
 from pipelines.study.gaussians.distilling import (
