@@ -17,28 +17,20 @@ import ctypes
 import errno
 import hashlib
 import os
-import re
 import secrets
 import shutil
 import socket
-import stat
 import sys
-import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import fsspec
-from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import StorageError
-from cluster.storage_errors import storage_errors
-from sgmd_core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from cluster.s3.settings import S3Settings
+from cluster.paths import kind_of_path
+from cluster.stores import open_store
 
 # An object of twice this size or more is sent in parts, each tried again by itself.
 _PART_BYTES = 16 * 2**20
@@ -49,180 +41,6 @@ _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 _CHUNK_BYTES = 4 * 2**20
-# Path() makes one slash of two.
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)", re.DOTALL)
-_ON_DISK = "file"
-_ELSEWHERE = "Choose another path"
-
-
-def open_store(
-    address: str | Path, s3: "S3Settings | None" = None
-) -> tuple[AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path in it.
-
-    A request to an S3 server is repeated after errors that pass, such as a 503, and given up within
-    a budget of time (120 s, and a second more for each MiB), so a server that accepts and never
-    answers ends in an error.
-
-    Args:
-        address: `/disk/run`, `s3://bucket/run`, or whatever fsspec takes.
-        s3: Requests to an S3 server; None takes the usual budget.
-
-    Raises:
-        ConfigError: No such protocol is known, or its client is not installed.
-    """
-    protocol, separator, path = str(address).partition("://")
-    if separator and protocol in ("s3", "s3a"):
-        # Loading the client takes a second, and most folders are on a disk.
-        from cluster.s3.filesystem import open_s3
-
-        return open_s3(s3), path.rstrip("/")
-    try:
-        files, path = fsspec.core.url_to_fs(str(address))
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"opening {address}",
-            f"the protocol {protocol}: {error}",
-            "a path of a disk, or s3://bucket/prefix",
-            "Correct the address, or install the client of that protocol",
-        ) from error
-    return files, path.rstrip("/") or path
-
-
-@contextmanager
-def opened_store(
-    address: str | Path, attempted: str, s3: "S3Settings | None" = None
-) -> Iterator[tuple[Any, str]]:
-    """The file system of a path or URL, which lists again, and the path in it; as a context.
-
-    Args:
-        address: As `open_store` takes it.
-        attempted: As `storage_errors` takes it.
-        s3: As `open_store` takes it.
-
-    Raises:
-        StorageError: The file system fails inside of it.
-    """
-    with storage_errors(attempted):
-        files, path = open_store(address, s3)
-        files.invalidate_cache()
-        yield files, path
-
-
-def store_address(place: str | Path) -> str:
-    """The address of an object store, `s3://bucket/prefix`; empty for a path of a disk.
-
-    Args:
-        place: A path or an address, also one that a `Path` has made `s3:/bucket/prefix` of.
-    """
-    found = _ADDRESS.fullmatch(str(place))
-    if found is None or found[1] == _ON_DISK:
-        return ""
-    return f"{found[1]}://{found[2].rstrip('/')}"
-
-
-def kind_of_path(path: str | Path) -> str:
-    """Kind of what stands at a local path, in words: "a file", "a folder", "a named pipe", ...
-
-    Links are followed; "" where nothing is there.
-    """
-    if not os.path.lexists(path):
-        return ""
-    try:
-        mode = Path(path).stat().st_mode
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
-            return "a link that leads nowhere"
-        return f"a path that cannot be looked at ({error.strerror})"
-    kinds = (
-        (stat.S_ISREG, "a file"),
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a named pipe"),
-        (stat.S_ISSOCK, "a socket"),
-    )
-    return next((words for is_it, words in kinds if is_it(mode)), "a device")
-
-
-def real_path(path: str | Path) -> Path:
-    """The absolute path that a path leads to by its links; a link that leads to itself stays."""
-    return Path(os.path.realpath(path))
-
-
-def require_file(path: str | Path) -> None:
-    """Checks that nothing but a file, or nothing at all, stands at a local path.
-
-    Reading a named pipe or a device would wait without end, or find none.
-
-    Raises:
-        StorageError: Something else is there.
-    """
-    if (kind := kind_of_path(path)) not in ("", "a file"):
-        remedy = "Move it away, or put the file from a copy in its place"
-        raise StorageError(f"reading {path}", kind, "a file, or none", remedy)
-
-
-def require_writable(folder: str | Path, setting: str, *, is_file: bool = False) -> None:
-    """Checks before a long job that its results can be written; makes nothing.
-
-    Args:
-        folder: Local folder that is written to; it may not be there yet.
-        setting: Setting or option that gave it.
-        is_file: It is a file to write instead.
-
-    Raises:
-        ConfigError: A path of another kind is in the way, or nothing can be written there.
-    """
-    attempted = f"writing to {folder} ({setting})"
-    path = Path(folder).absolute()
-    if is_file and (kind := kind_of_path(path)) not in ("", "a file"):
-        raise ConfigError(attempted, f"{kind} of that name", "a file, or a free name", _ELSEWHERE)
-    above = (*path.parents,) if is_file else (path, *path.parents)
-    there = next(each for each in above if os.path.lexists(each))
-    if (kind := kind_of_path(there)) != "a folder":
-        raise ConfigError(attempted, f"{there} is {kind}", "a folder", _ELSEWHERE)
-    try:
-        # Rights alone do not tell: a disk may be read-only.
-        with tempfile.TemporaryFile(dir=there):
-            longest = os.pathconf(there, "PC_NAME_MAX")
-    except OSError as error:
-        raise ConfigError(
-            attempted,
-            f"nothing can be written to {there} ({error.strerror or error})",
-            "a folder that this user may write to",
-            f"{_ELSEWHERE}, or correct its rights",
-        ) from error
-    if any(len(os.fsencode(name)) > longest for name in path.parts):
-        found = f"a name of more than {longest} bytes"
-        raise ConfigError(attempted, found, "shorter names", _ELSEWHERE)
-
-
-def require_own_files(folder: str | Path, spared: Collection[str] = ()) -> None:
-    """Checks that writing below a local folder changes nothing outside of it.
-
-    A folder may come from elsewhere, and writers follow its links.
-
-    Args:
-        folder: The folder; one that is not there has no links.
-        spared: Names of sub-folders that are only ever replaced whole; they are not looked into.
-
-    Raises:
-        ConfigError: A symbolic link leads out of it.
-    """
-    inside = Path(os.path.realpath(folder))
-    for root, folders, names in os.walk(inside):
-        for name in (*folders, *names):
-            path = Path(root, name)
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
-                raise ConfigError(
-                    f"writing to {folder}",
-                    f"{path} is a link to {path.readlink()}",
-                    "files of its own: what a link leads to would be overwritten",
-                    "Remove the link, or put the file or folder itself in its place. Where it leads"
-                    f" to a larger disk, move the whole of {folder} there and go on with it at its "
-                    f"new place (of a run: mv {folder} DISK/ and output=DISK), or mount the disk at"
-                    f" {path}",
-                )
-        folders[:] = [name for name in folders if name not in spared]
 
 
 def open_in_place(path: Path, flags: int) -> int:

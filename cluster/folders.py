@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import StorageError
-from cluster.files import open_store, store_address, whole_folder
+from cluster.files import whole_folder
+from cluster.stores import open_store, store_address
 from cluster.storage_errors import full_disk_errors, storage_errors
 from cluster.streams import write_stream
 

@@ -32,7 +32,8 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import LeaseError, LeaseLostError
-from cluster.files import open_in_place, open_store, store_address
+from cluster.files import open_in_place
+from cluster.stores import open_store, store_address
 from cluster.redaction import without_secrets
 from cluster.storage_errors import storage_errors
 

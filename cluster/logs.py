@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
-from cluster.files import open_in_place, require_file, sync_file
+from cluster.files import open_in_place, sync_file
+from cluster.paths import require_file
 from cluster.storage_errors import storage_errors
 from sgmd_core.errors import CheckpointError
 

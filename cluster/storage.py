@@ -1,6 +1,6 @@
 """Texts and JSON of a run, on a local disk or an object store.
 
-Paths are what `cluster.files.open_store` takes: `/disk/run`, `s3://bucket/run`. Keys and endpoint
+Paths are what `cluster.stores.open_store` takes: `/disk/run`, `s3://bucket/run`. Keys and endpoint
 of S3 come from the usual AWS variables. Folders are made on local disks only. Asked to make a
 folder, s3fs may create its bucket, and whether a bucket exists is not ours to decide.
 """
@@ -13,7 +13,9 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import StorageError
-from cluster.files import open_store, opened_store, require_file, write_whole
+from cluster.files import write_whole
+from cluster.paths import require_file
+from cluster.stores import open_store, opened_store
 from cluster.storage_errors import storage_errors
 
 

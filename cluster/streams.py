@@ -17,7 +17,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import StorageError
-from cluster.files import open_store, sha256_of, whole_file
+from cluster.files import sha256_of, whole_file
+from cluster.stores import open_store
 
 PART_BYTES = 64 * 2**20
 """Size of a part of an upload; S3 takes at most 10,000 of them, so a file of 640 GiB."""

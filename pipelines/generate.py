@@ -70,7 +70,7 @@ class GeneratedClip:
         prompt: What was asked for.
         seed: Seed of its initial noise.
         paths: Files, in the order of the formats; at an address, what
-            `cluster.files.store_address` reads.
+            `cluster.stores.store_address` reads.
         frames: Its pixels before any enlargement (frames, height, width, 3).
         seconds: Time from prompt to pixels; writing the files is not in it.
     """

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.files import require_writable
+from cluster.paths import require_writable
 from cluster.lease import hold
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import Shard

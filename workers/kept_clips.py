@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.files import open_store, store_address, whole_file
+from cluster.files import whole_file
+from cluster.stores import open_store, store_address
 from cluster.folders import files_at
 from cluster.lease import hold_if_free
 from cluster.storage_errors import storage_errors

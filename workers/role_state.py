@@ -29,7 +29,8 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cluster.files import open_store, write_whole
+from cluster.files import write_whole
+from cluster.stores import open_store
 from cluster.storage_errors import storage_errors
 from sgmd_core.errors import CheckpointError, ConfigError
 from workers.network_settings import LoraSettings

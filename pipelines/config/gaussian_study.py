@@ -183,7 +183,7 @@ class GaussianStudyConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """Folder of the study; of an address, what `cluster.files.store_address` reads."""
+        """Folder of the study; of an address, what `cluster.stores.store_address` reads."""
         return Path(own_home(self.output)) / f"{self.name}-study"
 
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, JsonValue, field_validator
 
-from cluster.files import real_path, store_address
+from cluster.paths import real_path
+from cluster.stores import store_address
 from cluster.schedule.program import Team
 from pipelines.config import recipe_files, settings_check
 from pipelines.config.adapters import lora_contradictions
@@ -158,7 +159,7 @@ class DistillConfig(Section):
 
     @property
     def run_folder(self) -> Path:
-        """Folder of the run; of an address, what `cluster.files.store_address` reads."""
+        """Folder of the run; of an address, what `cluster.stores.store_address` reads."""
         return Path(self.output) / self.name
 
     @property

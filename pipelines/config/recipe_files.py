@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from cluster.files import opened_store, store_address
+from cluster.stores import opened_store, store_address
 from cluster.redaction import without_secrets
 from pipelines.config.captions_of_jobs import with_captions_beside
 from pipelines.config.overrides import Override, apply_overrides, parse_override
@@ -82,7 +82,7 @@ def shipped_recipes() -> list[Recipe]:
 
 
 def find_recipe(name_or_path: str, named_by: Path | None = None) -> Path:
-    """Path of a recipe; of one at an address, what `cluster.files.store_address` reads.
+    """Path of a recipe; of one at an address, what `cluster.stores.store_address` reads.
 
     Args:
         name_or_path: Name of a recipe that ships, path of a YAML file (with a `/` or `.yaml`) or of

@@ -10,7 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cluster.checkpoints import MANIFEST, Checkpoints
-from cluster.files import delete_folder, store_address, whole_folder
+from cluster.files import delete_folder, whole_folder
+from cluster.stores import store_address
 from cluster.folders import copy_folder_at
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.position import begin, differences

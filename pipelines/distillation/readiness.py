@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from cluster.files import store_address
+from cluster.stores import store_address
 from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER

@@ -1,6 +1,6 @@
 """Look at a model that a run would load: is it there, whole, and text-to-video."""
 
-from cluster.files import opened_store
+from cluster.stores import opened_store
 from pipelines.config.model_folders import model_on_this_machine
 from pipelines.doctoring.findings import Finding, Status
 from sgmd_core.errors import SgmdError

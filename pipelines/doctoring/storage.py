@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.files import open_store
+from cluster.stores import open_store
 from cluster.redaction import without_secrets
 from cluster.s3.settings import S3Settings
 from pipelines.doctoring.findings import Finding, Status, gib

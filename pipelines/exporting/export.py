@@ -18,7 +18,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from cluster.files import real_path, store_address
+from cluster.paths import real_path
+from cluster.stores import store_address
 from cluster.folders import whole_folder_at
 from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source

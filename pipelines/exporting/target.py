@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.files import real_path, store_address
+from cluster.paths import real_path
+from cluster.stores import store_address
 from pipelines.run.folder import RunFolder
 from pipelines.run.outputs import require_output_folder
 from pipelines.run.places import shared_place

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.errors import StorageError
-from cluster.files import kind_of_path, require_file, write_whole
+from cluster.files import write_whole
+from cluster.paths import kind_of_path, require_file
 from cluster.storage import write_json
 from pipelines.media.video import Pixels, encode_for_players
 from sgmd_core.errors import DataError

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cluster.files import store_address
+from cluster.stores import store_address
 from cluster.storage import read_text
 from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import GENERATOR, ROLES
@@ -101,7 +101,7 @@ def measured(path: Path, work: Workload) -> StageTimes:
     """From a run's folder or a benchmark's JSON.
 
     Args:
-        path: Either, also of what `cluster.files.store_address` reads.
+        path: Either, also of what `cluster.stores.store_address` reads.
         work: What the times are for.
 
     Raises:

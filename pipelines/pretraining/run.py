@@ -37,7 +37,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from cluster.files import opened_store, store_address
+from cluster.stores import opened_store, store_address
 from cluster.folders import folder_here, whole_folder_at
 from cluster.lease import Lease, hold_replaced
 from cluster.ray.mailbox import open_mailbox

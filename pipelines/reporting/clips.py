@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cluster.files import kind_of_path, real_path
+from cluster.paths import kind_of_path, real_path
 from pipelines.data.clips.clip_decoding import first_frame
 from pipelines.data.clips.transcoding import shrink_video
 from pipelines.media.clip_files import ClipColumn, ClipFiles, clips_folder, read_clip_files

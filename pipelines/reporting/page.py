@@ -48,7 +48,7 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path | None = 
             comparison.html beside the folder of the first one of several.
 
     Returns:
-        The file; of one at an address, what `cluster.files.store_address` reads.
+        The file; of one at an address, what `cluster.stores.store_address` reads.
 
     Raises:
         CheckpointError: One of the folders holds nothing of a run.

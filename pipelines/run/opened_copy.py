@@ -6,7 +6,9 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from cluster.errors import StorageError
-from cluster.files import delete_folder, opened_store, require_own_files, store_address
+from cluster.files import delete_folder
+from cluster.paths import require_own_files
+from cluster.stores import opened_store, store_address
 from cluster.lease import Lease, hold
 from pipelines.config.recipe_files import RUN_RECIPE
 from pipelines.run.held_folder import KEEP, held_folder

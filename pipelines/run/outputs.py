@@ -3,14 +3,9 @@
 import secrets
 from pathlib import Path
 
-from cluster.files import (
-    open_store,
-    opened_store,
-    real_path,
-    require_writable,
-    store_address,
-    write_whole,
-)
+from cluster.files import write_whole
+from cluster.paths import real_path, require_writable
+from cluster.stores import open_store, opened_store, store_address
 from cluster.redaction import has_user, without_secrets
 from pipelines.run.places import require_written_out
 from pipelines.run.working_copy import PATIENCE
@@ -121,7 +116,7 @@ def require_output_folder(folder: str | Path, setting: str, *, is_file: bool = F
         is_file: It is a file to write instead.
 
     Raises:
-        ConfigError: As `require_lasting_folder` and `cluster.files.require_writable`.
+        ConfigError: As `require_lasting_folder` and `cluster.paths.require_writable`.
         StorageError: An object store takes no object there.
     """
     require_lasting_folder(folder, setting)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from cluster.files import store_address
+from cluster.stores import store_address
 from sgmd_core.errors import ConfigError
 
 # At the head of a name, and before brackets, the sign is a shell's; inside a name it may be meant.

@@ -14,7 +14,8 @@ from typing import Any
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from pyarrow.lib import PythonFile
 
-from cluster.files import open_store, write_whole
+from cluster.files import write_whole
+from cluster.stores import open_store
 from cluster.storage_errors import storage_errors
 
 

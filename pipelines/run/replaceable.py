@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from cluster.files import opened_store, store_address
+from cluster.stores import opened_store, store_address
 from sgmd_core.errors import ConfigError
 from workers.models.configs import INDEX_FILE
 

@@ -18,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cluster.errors import StorageError, StoreRefusedError
-from cluster.files import open_store, opened_store, write_whole
+from cluster.files import write_whole
+from cluster.stores import open_store, opened_store
 from cluster.folders import upload_file
 from cluster.lease import LEASE_OBJECT
 from cluster.s3.settings import S3Settings

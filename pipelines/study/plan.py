@@ -125,7 +125,7 @@ def plan_study(config: DistillConfig) -> StudyPlan:
 
 
 def study_place(output: str, name: str) -> Path:
-    """Folder of a study; of an address, what `cluster.files.store_address` reads."""
+    """Folder of a study; of an address, what `cluster.stores.store_address` reads."""
     return Path(output) / f"{name}-study"
 
 

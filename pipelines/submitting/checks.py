@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from botocore.exceptions import BotoCoreError
 
-from cluster.files import kind_of_path
+from cluster.paths import kind_of_path
 from cluster.job_files import is_ignored, stays_at_home
 from pipelines.config.captions_of_jobs import MAX_CAPTION_BYTES
 from pipelines.config.gaussian_study import GaussianStudyConfig, is_gaussian_study

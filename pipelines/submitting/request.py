@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from cluster.files import kind_of_path
+from cluster.paths import kind_of_path
 from sgmd_core.errors import ConfigError
 
 COMMANDS = ("distill", "sweep", "study", "pretrain", "encode", "evaluate")

@@ -13,7 +13,7 @@ from typing import Any
 from ray import tune
 
 from cluster.errors import StorageError
-from cluster.files import opened_store
+from cluster.stores import opened_store
 from pipelines.run.observer import RunObserver
 from pipelines.run.stopping import StopNow, StopRequests
 from pipelines.sweeping.trial import ERROR_FILE, CommonToTrials

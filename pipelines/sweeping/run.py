@@ -21,7 +21,7 @@ from ray import tune
 from ray.tune.execution import class_cache
 
 from cluster.errors import StorageError
-from cluster.files import store_address
+from cluster.stores import store_address
 from cluster.lease import LEASE_FILE, hold_if_free
 from cluster.ray.pools import Pool, bundles_of, selectors_of
 from cluster.runtime import start_ray

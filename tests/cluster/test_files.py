@@ -14,7 +14,8 @@ import pytest
 
 from cluster import files
 from cluster.errors import StorageError, StoreRefusedError
-from cluster.files import open_store, whole_file, whole_folder, write_whole
+from cluster.files import whole_file, whole_folder, write_whole
+from cluster.stores import open_store
 from cluster.folders import whole_folder_at
 from cluster.storage_errors import storage_errors
 from sgmd_core.errors import ConfigError

@@ -18,7 +18,8 @@ from s3fs import S3FileSystem
 
 from cluster import lease as leases
 from cluster.errors import LeaseError, LeaseLostError, StorageError
-from cluster.files import open_store, whole_folder
+from cluster.files import whole_folder
+from cluster.stores import open_store
 from cluster.folders import whole_folder_at
 from cluster.lease import LEASE_FILE, LEASE_OBJECT, hold, hold_replaced
 from tests.helpers.s3_server import use_server
@@ -249,7 +250,7 @@ class Failing(MemoryFileSystem):
 WANTS = """
 import sys
 from cluster.errors import LeaseError
-from cluster.files import open_store
+from cluster.stores import open_store
 from cluster.lease import hold
 open_store(sys.argv[1])
 print("ready", flush=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.errors import StorageError
-from cluster.files import open_store
+from cluster.stores import open_store
 from cluster.lease import hold
 from cluster.s3.settings import S3Settings
 from cluster.storage import file_sizes, read_json, write_json

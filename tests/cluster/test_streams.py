@@ -8,7 +8,7 @@ import pytest
 
 from cluster import streams
 from cluster.errors import StorageError
-from cluster.files import open_store
+from cluster.stores import open_store
 from cluster.streams import write_stream
 
 PART = 5 * 2**20

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.checkpoints import Checkpoints
 from cluster.errors import StorageError
-from cluster.files import open_store
+from cluster.stores import open_store
 from cluster.s3.settings import S3Settings
 from cluster.storage import file_sizes
 from pipelines.config.recipe import DistillConfig

@@ -20,7 +20,7 @@ from typing import Any, cast
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.files import require_writable
+from cluster.paths import require_writable
 from cluster.lease import Lease, hold
 from pipelines.data.shards.filesystem import data_errors, open_folder
 from pipelines.data.shards.index import (

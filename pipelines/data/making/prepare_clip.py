@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import aiohttp
 
-from cluster.files import kind_of_path
+from cluster.paths import kind_of_path
 from cluster.s3.settings import S3Settings
 from pipelines.data.clips.clip_decoding import read_facts, read_first_frame, read_look
 from pipelines.data.clips.clip_errors import ClipError

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.files import kind_of_path
+from cluster.paths import kind_of_path
 from cluster.redaction import printable
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES, fault_of_text
 from pipelines.data.making.manifests import manifest_clips, prompt_clips

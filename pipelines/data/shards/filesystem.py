@@ -23,7 +23,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
-from cluster.files import kind_of_path, real_path
+from cluster.paths import kind_of_path, real_path
 from cluster.redaction import has_user, without_secrets
 from cluster.s3.filesystem import open_s3
 from cluster.s3.refusals import refusal_remedy

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.errors import StorageError
-from cluster.files import require_file, write_whole
+from cluster.files import write_whole
+from cluster.paths import require_file
 from cluster.storage_errors import storage_errors
 from pipelines.data.shards.rejection import Place, Reason, Rejection, from_parquet, to_parquet
 from sgmd_core.errors import CheckpointError, DataError

@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from cluster.errors import LeaseError
-from cluster.files import store_address
+from cluster.stores import store_address
 from cluster.lease import hold
 from cluster.storage import read_json, write_json
 from pipelines.config.recipe import load_recipe
