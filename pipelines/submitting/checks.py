@@ -32,7 +32,8 @@ from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.inspect import first_captions, inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.source import Source
-from pipelines.distillation.preflight import inspect_captions, inspect_networks, run_preflight
+from pipelines.distillation.preflight import inspect_captions, run_preflight
+from pipelines.distillation.network_checks import inspect_networks
 from pipelines.pretraining.config import PretrainConfig, load_pretraining
 from pipelines.run.outputs import require_lasting_folder
 from pipelines.run.places import shared_place

@@ -8,7 +8,7 @@ import torch
 
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation import readiness
-from pipelines.distillation.preflight import require_computable
+from pipelines.distillation.network_checks import require_computable
 from sgmd_core.errors import ConfigError
 from workers.models.families import family_named, family_of
 
