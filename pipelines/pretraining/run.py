@@ -25,23 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray.actor import ActorHandle
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    FailureConfig,
-    Result,
-    RunConfig,
-    ScalingConfig,
-)
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train import Checkpoint, Result
 
 from cluster.stores import opened_store, store_address
 from cluster.folders import folder_here, whole_folder_at
 from cluster.lease import Lease, hold_replaced
 from cluster.ray.mailbox import open_mailbox
-from cluster.ray.processes import end_actor
 from cluster.ray.topology import require_cpus
 from cluster.storage import write_json
 from pipelines.config.recovery import RecoverySettings
@@ -64,6 +53,7 @@ from pipelines.pretraining.loops import (
     vae_loop,
 )
 from pipelines.pretraining.quality import QualityReport, measure_folder
+from pipelines.pretraining.ray_stage import fit_stage
 from pipelines.pretraining.stages import (
     DENOISER_STAGE,
     IN_PLACE,
@@ -79,9 +69,8 @@ from pipelines.run.outputs import require_output_folder
 from pipelines.run.opened_copy import hold_place, working_copy
 from pipelines.run.places import local_of, shared_place
 from pipelines.run.publisher import publish_now, publishing
-from pipelines.run.ray_store import ray_store
 from pipelines.run.replaceable import require_replaceable
-from sgmd_core.errors import ConfigError, SgmdError
+from sgmd_core.errors import ConfigError
 from workers.models.configs import CONFIG_FILE
 from workers.models.families import family_of
 from workers.models.wan import open_autoencoder
@@ -98,7 +87,7 @@ NETWORK_MODULES = ("pipelines.pretraining.networks", *WAN_TRAITS.modules)
 
 @dataclass(frozen=True, slots=True)
 class CheckedPretrain:
-    """A recipe whose shards and folders have been looked over; see `checked`.
+    """A recipe whose shards and folders are checked; see `checked`.
 
     Attributes:
         config: The recipe with absolute paths.
@@ -133,10 +122,10 @@ def pretrain(
     config: PretrainConfig | CheckedPretrain,
     on_event: Callable[[PretrainEvent], None] = lambda event: None,
 ) -> PretrainResult:
-    """Run both stages, write the diffusers folder and measure it; Ray must be connected.
+    """Trains both stages, writes the diffusers folder and measures it; Ray must be connected.
 
     Args:
-        config: The recipe, or what `checked` has made of it, which is not looked over again.
+        config: The recipe, or the result of `checked`, which is not checked again.
         on_event: Called in this process for every line of progress.
 
     Returns:
@@ -287,6 +276,14 @@ class _Run:
         record_stage(self.run_dir, stage, identity)
         publish_now(self.run_dir)
 
+    def fit(
+        self, stage: str, loop: Callable[[dict[str, Any]], None], settings: dict[str, Any]
+    ) -> Result:
+        """Runs one stage; an earlier attempt is continued."""
+        common = {"config": self.config.model_dump(mode="json"), "mailbox": self.mailbox}
+        place = self.place(RAY_FOLDER)
+        return fit_stage(loop, {**common, **settings}, stage, place, self.config.ray)
+
 
 def _make_vae(job: CheckedPretrain, run: _Run, identity: dict[str, Any]) -> None:
     made, folder = run.place(VAE_FOLDER), job.config.vae.folder
@@ -299,7 +296,7 @@ def _make_vae(job: CheckedPretrain, run: _Run, identity: dict[str, Any]) -> None
         _copy_whole(Path(folder) / part, made, CONFIG_FILE)
         return
     sets = {"train": job.clips, "held_out": job.held_out}
-    result = _run_stage(run, VAE_STAGE, vae_loop, sets)
+    result = run.fit(VAE_STAGE, vae_loop, sets)
     with _checkpoint_of(result).as_directory() as folder:
         _copy_whole(Path(folder) / VAE_FOLDER, made, CONFIG_FILE)
 
@@ -311,7 +308,7 @@ def _train_denoiser(run: _Run, clips: TrainingClips, identity: dict[str, Any]) -
     run.record(DENOISER_STAGE, identity)
     vocabulary = distinct_captions(clips)
     settings = {"train": clips, "vae_folder": vae_folder, "vocabulary": vocabulary}
-    result = _run_stage(run, DENOISER_STAGE, denoiser_loop, settings)
+    result = run.fit(DENOISER_STAGE, denoiser_loop, settings)
     with _checkpoint_of(result).as_directory() as folder:
         _copy_whole(Path(folder), made, NETWORKS_FILE)
 
@@ -324,77 +321,6 @@ def _write_folder(config: PretrainConfig, run: _Run) -> None:
         teacher = build_pretrained_teacher(config, vocabulary, vae.vae.config["z_dim"])
         teacher.load_state_dict(torch.load(folder / NETWORKS_FILE, weights_only=True))
     write_pipeline_folder(config.output, teacher, vae, inference_settings(config))
-
-
-def _run_stage(
-    run: _Run,
-    stage: str,
-    loop: Callable[[dict[str, Any]], None],
-    settings: dict[str, Any],
-) -> Result:
-    """Run one stage under Ray Train; the same name and folder continue an earlier attempt."""
-    ray_settings = run.config.ray
-    files, kept = None, run.place(RAY_FOLDER)
-    if store_address(kept):
-        files, kept = ray_store(kept)
-    common = {"config": run.config.model_dump(mode="json"), "mailbox": run.mailbox}
-    trainer = _Trainer(
-        loop,
-        train_loop_config={**common, **settings},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=ray_settings.num_workers,
-            resources_per_worker={"CPU": ray_settings.cpus_per_worker},
-        ),
-        run_config=RunConfig(
-            name=stage,
-            storage_path=kept,
-            storage_filesystem=files,
-            checkpoint_config=CheckpointConfig(num_to_keep=ray_settings.checkpoints_to_keep),
-            failure_config=FailureConfig(max_failures=ray_settings.max_failures),
-        ),
-    )
-    try:
-        return trainer.fit()
-    except WorkerGroupError as error:
-        raise _own_error(error) or error from error
-    except BaseException:
-        trainer.end()
-        raise
-
-
-class _Trainer(TorchTrainer):
-    """Ray's trainer, which leaves Ctrl-C to the process that runs it."""
-
-    _controller: ActorHandle | None = None
-
-    def _register_sigint_handler(self, controller: ActorHandle) -> None:
-        """Registers none: Ray's waits for its controller, and stays after the training has ended.
-
-        Then a Ctrl-C while the model is written and measured, or in Ray's next stage, has no
-        effect.
-        """
-        self._controller = controller
-
-    def end(self) -> None:
-        """Ends the controller, which would train on, its workers and what it has reserved.
-
-        A process that keeps Ray, such as a notebook's, would otherwise begin its next training in
-        the same folder beside them.
-        """
-        if self._controller is not None:
-            end_actor(self._controller, "abort")
-
-
-def _own_error(error: WorkerGroupError) -> SgmdError | None:
-    """The error of ours that made the workers fail, if it was one."""
-    for failure in error.worker_failures.values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, SgmdError):
-                return cause
-            cause = cause.__cause__
-    return None
 
 
 def _checkpoint_of(result: Result) -> Checkpoint:
