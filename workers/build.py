@@ -1,12 +1,11 @@
-"""Makes each role from its settings: what a process of that role calls first.
+"""Builds each role from its settings; the process of a role calls its function first.
 
 Plain functions over frozen records, so that they can be sent to a process by name. Each sets the
-number of torch threads, because a process that shares a machine must not take all of it, and puts
-its networks on the GPU that the process was given, if any.
+number of torch threads, because a process that shares a machine must not take all of it. The
+networks are those of `role_networks`.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Literal
@@ -14,15 +13,12 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.objectives import Objective
 from sgmd_core.schedule import FlowMatchSchedule
-from workers.adapters import add_adapters
-from workers.allocator import keep_freed_memory
 from workers.attention import require_kernel
-from workers.base_networks import joined_bases, shared_base, view_of
+from workers.base_networks import view_of
 from workers.clip_settings import VideoSettings
 from workers.compute import prepare_network
 from workers.discriminator import Discriminator
@@ -33,11 +29,19 @@ from workers.finite import FiniteChecks
 from workers.generator_learner import GeneratorLearner
 from workers.generator_task import GeneratorTask
 from workers.models.addresses import local_model
-from workers.models.experts import ExpertDenoiser
 from workers.models.exporting import DTYPES
-from workers.models.families import family_of, family_of_expert
-from workers.models.family import Autoencoder, Denoiser, TextEmbedder
-from workers.network_settings import ComputeSettings, LoraSettings
+from workers.models.families import family_of
+from workers.models.family import Denoiser
+from workers.network_settings import ComputeSettings
+from workers.role_networks import (
+    adapter_base,
+    caption_embedder,
+    learning_network,
+    loaded_autoencoder,
+    process_device,
+    role_network,
+    sampled_networks,
+)
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
     DiscriminatorSettings,
@@ -79,7 +83,7 @@ def build_generator(
     """
     torch.set_num_threads(num_threads)
     buckets = _latent_buckets(model, video)
-    network = _learning(model, settings.compute, settings.lora, seed, "generator", rolls_out=True)
+    network = learning_network(model, settings.compute, settings.lora, seed, "generator", rolls_out=True)
     checks = FiniteChecks(raises=raises)
     return GeneratorLearner(network, schedule, settings, buckets, seed, checks, task)
 
@@ -106,7 +110,7 @@ def build_fake_score(
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    network = _learning(model, settings.compute, settings.lora, seed, "fake_score")
+    network = learning_network(model, settings.compute, settings.lora, seed, "fake_score")
     return FakeScoreTracker(network, objective, settings, FiniteChecks(raises=raises))
 
 
@@ -133,10 +137,10 @@ def build_teacher(
     torch.set_num_threads(num_threads)
     checks = FiniteChecks(raises=raises)
     if not shares_base:
-        network = _ready(model, settings.compute, sharded=settings.sharded)
+        network = role_network(model, settings.compute, sharded=settings.sharded)
         return ScoreTeacher(network, settings, checks)
-    require_kernel(settings.compute.attention, _device().type)
-    view = view_of(_base(model, settings.compute))
+    require_kernel(settings.compute.attention, process_device().type)
+    view = view_of(adapter_base(model, settings.compute))
     return ScoreTeacher(prepare_network(view, settings.compute), settings, checks)
 
 
@@ -162,12 +166,12 @@ def build_discriminator(
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    network = _ready(model, settings.compute)
+    network = role_network(model, settings.compute)
     folder = local_model(model.folder)
     shape = family_of(folder).read_shape(folder).denoiser
     layers = settings.layers_of(shape.num_layers)
     heads = build_heads([shape.width] * len(layers), settings.width, settings.num_strides, seed)
-    heads.to(_device())
+    heads.to(process_device())
     shard(heads, heads.heads)
     checks = FiniteChecks(raises=raises)
     return Discriminator(network, heads, layers, objective, settings.optimizer, seed, checks)
@@ -180,7 +184,7 @@ def build_denoiser(model: ModelSettings, compute: ComputeSettings, num_threads: 
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    return _ready(model, compute)
+    return role_network(model, compute)
 
 
 def build_text_encoder(
@@ -210,7 +214,7 @@ def build_text_encoder(
     if lazily:
         # The negative prompt is asked for again and again, and must be remembered.
         num_cached = max(1, num_cached)
-    embedder = partial(_captions, model) if lazily else _captions(model)
+    embedder = partial(caption_embedder, model) if lazily else caption_embedder(model)
     return TextEncoder(embedder, model.text_length, num_cached, raises=raises, stored=stored)
 
 
@@ -226,7 +230,7 @@ def build_video_encoder(folder: str, num_threads: int) -> VideoEncoder:
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    return VideoEncoder(_autoencoder(ModelSettings(folder, encoder_dtype=encoder_dtype())))
+    return VideoEncoder(loaded_autoencoder(ModelSettings(folder, encoder_dtype=encoder_dtype())))
 
 
 def build_evaluator(
@@ -263,14 +267,14 @@ def build_evaluator(
     torch.set_num_threads(num_threads)
     latent_shape = _latent_shape(model, video)
     dtype = DTYPES[precision if generator is None else generator.compute.precision]
-    network, adapted = _sampled_networks(model, generator, teacher, dtype)
-    embedder = None if stored else _captions(model)
+    network, adapted = sampled_networks(model, generator, teacher, dtype)
+    embedder = None if stored else caption_embedder(model)
     cells, patch = latent_shape[1:], network.patch_size
     tokens = prod(-(-size // own) for size, own in zip(cells, patch, strict=True))
     return Evaluator(
         network,
-        TextEncoder(embedder or partial(_captions, model), model.text_length, stored=stored),
-        _autoencoder(model),
+        TextEncoder(embedder or partial(caption_embedder, model), model.text_length, stored=stored),
+        loaded_autoencoder(model),
         schedule,
         latent_shape,
         model.negative_prompt,
@@ -278,124 +282,6 @@ def build_evaluator(
         adapted,
         None if embedder is None else embedder.network,
     )
-
-
-def _sampled_networks(
-    model: ModelSettings,
-    generator: GeneratorSettings | None,
-    teacher: str | None,
-    dtype: torch.dtype,
-) -> tuple[Denoiser, Denoiser | None]:
-    """The base that an evaluator samples, and the network that takes trained weights if another."""
-    adapted = None
-    if generator is None or generator.lora is None:
-        network = _denoiser(model, dtype)
-        _train_alone(network, model)
-    else:
-        base = _base(model, generator.compute, whole=True)
-        network, adapted = view_of(base), view_of(base)
-        _train_alone(adapted, model)
-        # Their draws do not matter: the trained ones take their place.
-        add_adapters(adapted, generator.lora, 0, "evaluator")
-    if teacher is not None:
-        adapted = adapted or network
-        network = _denoiser(replace(model, folder=teacher), dtype)
-    return network, adapted
-
-
-def _denoiser(model: ModelSettings, dtype: torch.dtype = torch.float32) -> Denoiser:
-    folder = local_model(model.folder)
-    return family_of(folder).load_denoiser(folder, dtype, device=_device())
-
-
-def _train_alone(network: Denoiser, model: ModelSettings) -> None:
-    """Of a network with two experts, freezes the one that a run does not train."""
-    if model.alone is not None:
-        assert isinstance(network, ExpertDenoiser)
-        network.train_alone(model.alone)
-
-
-def _ready(
-    model: ModelSettings,
-    compute: ComputeSettings,
-    *,
-    sharded: bool = True,
-    rolls_out: bool = False,
-) -> Denoiser:
-    """A role's network, computed as the settings say, spread over the role's ranks.
-
-    Args:
-        model: Its folder, and the expert that it is.
-        compute: How.
-        sharded: Whether the ranks share it.
-        rolls_out: Whether rollouts of it begin at pure noise, at which the low-noise expert alone
-            cannot begin: it gets the other one, frozen, in the type of its products.
-    """
-    require_kernel(compute.attention, _device().type)
-    in_fp8 = compute.weights == "fp8"
-
-    def prepare(denoiser: Denoiser) -> None:
-        prepare_network(denoiser, compute)
-        if sharded:
-            dtype = denoiser.autocast_dtype
-            shard(denoiser, denoiser.blocks, device=_device().type, dtype=dtype, frozen=True)
-
-    folder = local_model(model.folder)
-    dtype = torch.bfloat16 if in_fp8 else DTYPES[compute.weights]
-    companion = None
-    if rolls_out:
-        companion = DTYPES[compute.precision] if model.alone == "low" else None
-    family = family_of_expert(folder, model.alone, companion)
-    denoiser = family.load_denoiser(folder, dtype, device=_device(), prepare=prepare)
-    if in_fp8:
-        denoiser.store_in_fp8()
-    keep_freed_memory(_device())
-    return denoiser
-
-
-def _learning(
-    model: ModelSettings,
-    compute: ComputeSettings,
-    lora: LoraSettings | None,
-    seed: int,
-    role: str,
-    *,
-    rolls_out: bool = False,
-) -> Denoiser:
-    """The network of a role that learns: all weights of its own, or adapters over a base."""
-    if lora is None:
-        return _ready(model, compute, rolls_out=rolls_out)
-    require_kernel(compute.attention, _device().type)
-    network = view_of(_base(model, compute, whole=rolls_out and model.alone == "low"))
-    if rolls_out:
-        _train_alone(network, model)
-    add_adapters(network, lora, seed, role)
-    prepare_network(network, compute)
-    shard(network, network.trained_blocks, dtype=network.autocast_dtype)
-    keep_freed_memory(_device())
-    return network
-
-
-def _base(model: ModelSettings, compute: ComputeSettings, *, whole: bool = False) -> Denoiser:
-    """The base of a role's adapters; `whole` has both experts where the roles have one alone."""
-    base = partial(shared_base, local_model(model.folder), DTYPES[compute.weights], _device())
-    if whole and model.alone is not None:
-        return joined_bases(base("high"), base("low"))
-    return base(model.alone)
-
-
-def _captions(model: ModelSettings) -> TextEmbedder:
-    folder = local_model(model.folder)
-    captions = family_of(folder).load_text(folder, DTYPES[model.encoder_dtype])
-    nn.Module.to(captions.network, _device())
-    return captions
-
-
-def _autoencoder(model: ModelSettings) -> Autoencoder:
-    folder = local_model(model.folder)
-    autoencoder = family_of(folder).load_autoencoder(folder, DTYPES[model.encoder_dtype])
-    nn.Module.to(autoencoder.network, _device())
-    return autoencoder
 
 
 def _latent_shape(model: ModelSettings, video: VideoSettings) -> tuple[int, int, int, int]:
@@ -408,7 +294,3 @@ def _latent_buckets(model: ModelSettings, video: VideoSettings) -> LatentBuckets
     checked = family_of(folder).inspect(folder)
     shapes = tuple(checked.latent_shape(*bucket.size) for bucket in video.trained)
     return LatentBuckets(shapes, video.bucket_weights)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
