@@ -7,6 +7,7 @@
     records       NoisedBatch, GeneratorSignal, Loss, MicroBatchKey
     shapes        Latents, PerSample, Text, for annotations
     worlds        GaussianVelocity, a teacher whose scores are exact
+    measures      Measure, and the ClipView that it is taken of
     models        family_of; ModelFamily, Denoiser, and what a family is written with
     programs      load_recipe, distill, evaluate, generate, pretrain, sweep, and what they take
     data          Feed, StreamSettings, Source, and what they are made of

@@ -104,6 +104,8 @@ from sgmd_core.worlds.gaussian import AffineGenerator as AffineGenerator
 from sgmd_core.worlds.gaussian import GaussianVelocity as GaussianVelocity
 from sgmd_core.worlds.gaussian import LearnedGaussian as LearnedGaussian
 from sgmd_core.worlds.gaussian import gaussian_text as gaussian_text
+from workers.measure import ClipView as ClipView
+from workers.measure import Measure as Measure
 from workers.models.architecture import CheckedComponent as CheckedComponent
 from workers.models.architecture import NetworkKind as NetworkKind
 from workers.models.architecture import check_network as check_network

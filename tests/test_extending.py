@@ -1,10 +1,10 @@
 """The walk-throughs of docs/extending.md, step by step: what a page shows is what is run here."""
 
-import ast
 import os
 import re
 import shutil
 import subprocess
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from pipelines.run.folder import RunFolder, read_jsonl
+from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import Objective
 from sgmd_core.types import detached
 from tests.helpers.families import write_package
@@ -25,7 +26,7 @@ from tests.helpers.small_network import (
     x0_prediction,
 )
 from tests.helpers.toy_family import write_toy
-from workers.measures import MEASURES
+from workers.measures import ENTRY_POINTS, MEASURES, load_measure
 from workers.models.family import Denoiser, ModelFamily
 from workers.models.shape import DenoiserShape
 
@@ -64,7 +65,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     objective = block("A new objective", "python")
     (folder / "my_package" / "pseudo_huber.py").write_text(objective)
     shutil.copy(HELPERS / "toy_family.py", folder / "my_package" / "toy.py")
-    tables = [block(f"A new {kind}", "toml") for kind in ("objective", "model family")]
+    (folder / "my_package" / "brightness.py").write_text(block("A new measure", "python"))
+    kinds = ("objective", "measure", "model family")
+    tables = [block(f"A new {kind}", "toml") for kind in kinds]
     return write_package(folder, "\n".join(_as_ini(table) for table in tables))
 
 
@@ -133,21 +136,15 @@ def test_the_gradient_of_the_objective_agrees_with_finite_differences():
 
 
 MEASURED = """
-import sys, types
-from pathlib import Path
 import torch
-module = types.ModuleType("workers.measures")
-module.__file__ = "measures.py"
-sys.modules["workers.measures"] = module
-exec(compile(Path("measures.py").read_text(), "measures.py", "exec"), module.__dict__)
 
+from pipelines.config.figures import FIGURES
 from pipelines.config.recipe import load_recipe
 from pipelines.reporting.names import measures_table
-from pipelines.config.figures import FIGURES
-from sgmd_core.metrics.comparison import compare_sets
+from workers.measures import measure_clip_figures
 
-white = module.measure_clip_figures(torch.ones(2, 3, 4, 16, 16), fps=8)["brightness"]
-black = module.measure_clip_figures(torch.zeros(2, 3, 4, 16, 16), fps=8)["brightness"]
+white = measure_clip_figures(torch.ones(2, 3, 4, 16, 16), fps=8)["brightness"]
+black = measure_clip_figures(torch.zeros(2, 3, 4, 16, 16), fps=8)["brightness"]
 assert white.tolist() == [1, 1] and black.tolist() == [0, 0]
 assert {"brightness", "brightness_ratio"} <= set(FIGURES)
 assert "| `brightness` | Mean of all colours of all pixels |" in measures_table()
@@ -157,16 +154,26 @@ print(recipe.checkpoint.score, recipe.sweep.score)
 
 
 @pytest.mark.slow
-def test_a_measure_is_one_entry_of_one_file(tmp_path):
-    entry = block("A new measure", "python")
-    own = (ROOT / "workers" / "measures.py").read_text()
-    start = "MEASURES: tuple[Measure, ...] = (\n"
-    assert own.count(start) == 1
-    changed = own.replace(start, f"{start}{entry.rstrip()},\n")
-    assert len(ast.parse(changed).body) == len(ast.parse(own).body)
-    (tmp_path / "measures.py").write_text(changed)
-    assert run_python(tmp_path, "-c", MEASURED).split() == ["brightness", "brightness_ratio"]
+def test_a_package_with_a_measure_adds_its_figure_without_a_change_here(package):
+    assert run_python(package, "-c", MEASURED).split() == ["brightness", "brightness_ratio"]
     assert "brightness" not in {measure.name for measure in MEASURES}
+
+
+@pytest.mark.parametrize("value", ["no_package:A", "math:pi", "workers.measures:MEASURES"])
+def test_an_entry_point_that_is_no_measure_is_named(value):
+    with pytest.raises(ConfigError, match="loading the measure odd .* entry point of sgmd.measures"):
+        load_measure(EntryPoint("odd", value, ENTRY_POINTS), MEASURES)
+
+
+def test_a_measure_under_the_name_of_another_is_refused():
+    flow = next(each for each in MEASURES if each.name == "flow")
+    point = EntryPoint("flow", "tests.test_extending:FLOW", ENTRY_POINTS)
+    assert load_measure(point, []) == FLOW
+    with pytest.raises(ConfigError, match="a second flow"):
+        load_measure(point, MEASURES)
+
+
+FLOW = next(each for each in MEASURES if each.name == "flow")
 
 
 @pytest.mark.parametrize(

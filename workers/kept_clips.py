@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import logging
+import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ from sgmd_core.metrics import appearance, distributions, frechet, motion
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.worlds import open_shapes, shapes
 from sgmd_core.worlds.readings import READINGS, WorldReading
-from workers import measures, optical_flow
+from workers import measure, measures, optical_flow
 from workers.clip_sets import ClipRequest, ClipSet
 from workers.clip_settings import VideoSettings
 from workers.measured_clips import MeasuredClips
@@ -51,6 +52,7 @@ _MEASURING = (
     motion,
     distributions,
     appearance,
+    measure,
     measures,
     optical_flow,
 )
@@ -66,12 +68,16 @@ def set_name(model_digest: str, request: ClipRequest, facts: Sequence[object]) -
         facts: Everything else that decides the clips and their features, such as their size, the
             flow shift, and the network that describes them.
     """
-    measure = [Path(str(module.__file__)).read_bytes() for module in _MEASURING]
+    sources = [Path(str(module.__file__)).read_bytes() for module in _MEASURING]
+    # Measures of other packages, by the modules that their functions are defined in.
+    modules = {function.__module__ for function in measures.CLIP_MEASURES.values()}
+    for name in sorted(modules - {measures.__name__}):
+        sources.append(Path(str(sys.modules[name].__file__)).read_bytes())
     everything = {
         "model": model_digest,
         "request": asdict(request),
         "facts": [str(fact) for fact in facts],
-        "measure": [hashlib.sha256(source).hexdigest() for source in measure],
+        "measure": [hashlib.sha256(source).hexdigest() for source in sources],
     }
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:20]
 

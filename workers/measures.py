@@ -3,19 +3,24 @@
     MEASURES -> figures of validation, evaluation and study      (`pipelines.run.records`)
              -> titles and explanations of the report, table of docs/judging.md
 
-A new measure of single clips is one entry with its function. Nothing here needs a trained network.
+A new measure of single clips is one entry with its function. A measure from another package comes
+in by the entry point group `sgmd.measures`, whose values are objects of `Measure`:
+
+    [project.entry-points."sgmd.measures"]
+    brightness = "my_package.brightness:BRIGHTNESS"
+
+The package must be installed wherever a clip is measured. No measure here needs a trained network.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
 
 import torch
 from torch import Tensor
 
+from sgmd_core.extensions import Extension
 from sgmd_core.metrics.appearance import contrast, saturation, sharpness
 from sgmd_core.metrics.distributions import (
-    ClipMotion,
     count_distance,
     direction_distance,
     direction_entropy,
@@ -25,82 +30,18 @@ from sgmd_core.metrics.distributions import (
 )
 from sgmd_core.metrics.motion import (
     dynamic_clips,
-    dynamic_interval,
     flicker,
     mean_magnitude,
     smoothness,
     top_magnitude,
 )
+from workers.measure import ClipView, Measure
 
+ENTRY_POINTS = "sgmd.measures"
 MIN_FRAMES = 3
 """Smoothness compares two successive steps of a motion."""
 
-
-@dataclass(frozen=True)
-class ClipView:
-    """One clip with what several measures need of it; optical flow is computed once.
-
-    Attributes:
-        clip: Pixels (1, 3, f, h, w) in [0, 1], float32 on the CPU.
-        fps: Frames a second.
-    """
-
-    clip: Tensor
-    fps: int
-
-    @cached_property
-    def flow(self) -> Tensor:
-        """Optical flow between successive frames, pixels."""
-        from workers.optical_flow import optical_flow
-
-        return optical_flow(self.clip)
-
-    @cached_property
-    def thinned_flow(self) -> Tensor:
-        """Optical flow at the frame rate of the dynamic rule.
-
-        A clip that is too short to be thinned is taken as it is.
-        """
-        from workers.optical_flow import optical_flow
-
-        interval = dynamic_interval(self.fps)
-        if self.clip.shape[2] <= interval or interval == 1:
-            return self.flow
-        return optical_flow(self.clip[:, :, ::interval])
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """A figure that a validation or an evaluation may give.
-
-    Attributes:
-        name: Key in validation.jsonl, evaluation.json, W&B and recipes.
-        title: Name for readers.
-        about: Meaning, one line.
-        unit: Unit, empty for shares, ratios and dimensionless figures.
-        known: Known answer that the tests hold it to.
-        function: Value of each clip, (1,); None for figures of sets, pairs or captions.
-        of_motion: Value of a set of clips of an embedded world beside the reference set.
-        has_ratio: `NAME_ratio` is the ratio to the teacher's, on the same captions and noise.
-        needs_shapes: Read from captions of the world `shapes` only.
-        leads: Shown on progress lines; `ratio` shows the ratio in its place.
-        ranks: May rank checkpoints and trials.
-    """
-
-    name: str
-    title: str
-    about: str
-    unit: str = ""
-    known: str = ""
-    function: Callable[[ClipView], Tensor] | None = field(default=None, repr=False)
-    of_motion: Callable[[ClipMotion, ClipMotion], float] | None = field(default=None, repr=False)
-    has_ratio: bool = True
-    needs_shapes: bool = False
-    leads: bool | str = False
-    ranks: bool = True
-
-
-MEASURES: tuple[Measure, ...] = (
+_OWN: tuple[Measure, ...] = (
     Measure(
         "frechet",
         "distance",
@@ -282,7 +223,38 @@ MEASURES: tuple[Measure, ...] = (
         ranks=False,
     ),
 )
-"""Every measure, in the order in which readers meet them."""
+
+
+def load_measure(point: EntryPoint, others: Sequence[Measure]) -> Measure:
+    """Loads a measure of another package.
+
+    Args:
+        point: Its entry point.
+        others: Measures that have a name already.
+
+    Raises:
+        ConfigError: It cannot be imported, is no `Measure` with a function, or takes the name of
+            another measure.
+    """
+    extension = Extension("measure", point)
+    expected = "an object of sgmd.Measure with a function of single clips"
+    measure = extension.load(expected)
+    if not isinstance(measure, Measure) or measure.function is None:
+        raise extension.refusal(repr(measure), expected)
+    if measure.name in {other.name for other in others}:
+        raise extension.refusal(f"a second {measure.name}", "a name of its own")
+    return measure
+
+
+def _with_those_from_outside() -> tuple[Measure, ...]:
+    found = list(_OWN)
+    for point in sorted(entry_points(group=ENTRY_POINTS)):
+        found.append(load_measure(point, found))
+    return tuple(found)
+
+
+MEASURES = _with_those_from_outside()
+"""Every measure, ours first, in the order in which readers meet them."""
 
 CLIP_MEASURES = {measure.name: measure.function for measure in MEASURES if measure.function}
 """Functions of the measures of single clips, by name."""

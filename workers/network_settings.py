@@ -10,6 +10,7 @@ from typing import Literal
 
 from sgmd_core.errors import ConfigError
 from workers.attention import KERNELS, AttentionName
+from workers.learning_rate import COURSES, Course
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class OptimizerSettings:
     eps: float = 1e-8
     max_grad_norm: float = 10.0
     warmup_iterations: int = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay: Course = "constant"
     decay_iterations: int = 0
     final_lr_ratio: float = 0.0
     log_block_norms: bool = False
@@ -83,7 +84,7 @@ class OptimizerSettings:
         )
 
     def _require_decay(self) -> None:
-        kinds = ("constant", "linear", "cosine")
+        kinds = tuple(COURSES)
         require_setting(self.decay in kinds, "optimizer.decay", self.decay, f"one of {kinds}")
         require_setting(
             self.decay == "constant" or self.decay_iterations > self.warmup_iterations,

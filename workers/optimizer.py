@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from sgmd_core.errors import NonFiniteError, StaleCallError, non_finite_remedy
 from workers.adamw import MOMENTS, WHOLE_MOMENTS, make_adamw, restore_moments
 from workers.adapters import lora_of
+from workers.learning_rate import learning_rate
 from workers.network_settings import OptimizerSettings
 from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_adapters, require_same_tensors
@@ -42,26 +43,6 @@ _LAYER = re.compile(r".*?\.\d+(?=\.)")
 """The layer that a parameter belongs to, as its name has it: `transformer.blocks.7`."""
 
 _OUTSIDE = "outside_layers"
-
-
-def learning_rate(settings: OptimizerSettings, updates: int) -> float:
-    """Rate of the update that follows `updates` earlier ones.
-
-        warm-up     lr * (updates + 1) / warmup_iterations
-        afterwards  lr * (final + (1 - final) * fall(t)),   final = final_lr_ratio
-                    t = (updates - warmup) / (decay_iterations - warmup), at most 1
-                    fall(t) = 1 (constant), 1 - t (linear), (1 + cos(pi t)) / 2 (cosine)
-
-    A function of the count alone, so a resumed run needs no state of a scheduler.
-    """
-    warmup = settings.warmup_iterations
-    if updates < warmup:
-        return settings.lr * (updates + 1) / warmup
-    if settings.decay == "constant":
-        return settings.lr
-    t = min(1.0, (updates - warmup) / (settings.decay_iterations - warmup))
-    fall = 1 - t if settings.decay == "linear" else (1 + math.cos(math.pi * t)) / 2
-    return settings.lr * (settings.final_lr_ratio + (1 - settings.final_lr_ratio) * fall)
 
 
 class RoleOptimizer:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from sgmd_core.errors import ConfigError
+from sgmd_core.extensions import Extension
 from sgmd_core.objectives import GradientPath, Objective
 from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.cdm import CdmObjective
@@ -73,24 +73,17 @@ def load_method(point: EntryPoint) -> type[Objective]:
         ConfigError: It cannot be imported, is not a dataclass with what `Objective` asks for, or
             takes the name of a method that there is.
     """
-    attempted = f"loading the method {point.name} ({point.value}, entry point of {ENTRY_POINTS})"
-    remedy = "Fix or uninstall the package that provides it"
-    try:
-        objective = point.load()
-    except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-        raise ConfigError(attempted, found, "an objective class", remedy) from error
+    extension = Extension("method", point)
+    objective = extension.load("an objective class")
     fields = getattr(objective, "__dataclass_fields__", {})
     missing = [name for name in _REQUIRED if name not in fields and not hasattr(objective, name)]
     if missing or "method" not in fields:
-        raise ConfigError(
-            attempted,
+        raise extension.refusal(
             f"{objective!r} without {', '.join(missing) or 'a field method'}",
             "a frozen dataclass as in sgmd_core/objectives/sgmd.py",
-            remedy,
         )
     if method_name(objective) in {method_name(own) for own in _OWN}:
-        raise ConfigError(attempted, f"a second {point.name}", "a name of its own", remedy)
+        raise extension.refusal(f"a second {point.name}", "a name of its own")
     return objective
 
 

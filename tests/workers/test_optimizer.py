@@ -9,7 +9,8 @@ from torch import nn
 from tests.helpers.tiny_wan import tiny_velocity
 from workers.ema import AveragedWeights, effective_decay
 from workers.network_settings import OptimizerSettings
-from workers.optimizer import RoleOptimizer, learning_rate
+from workers.learning_rate import learning_rate
+from workers.optimizer import RoleOptimizer
 
 
 class Numbers(nn.Module):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from sgmd_core.errors import ConfigError, ModelFolderError
+from sgmd_core.extensions import Extension
 from sgmd_core.phases import Expert
 from workers.models.addresses import missing_folder
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
@@ -165,7 +166,7 @@ def modules_of(folder: str | Path) -> tuple[str, ...]:
 
 
 def load_family(point: EntryPoint, others: list[ModelFamily] | None = None) -> ModelFamily:
-    """Load a family of another package.
+    """Loads a family of another package.
 
     Args:
         point: Its entry point.
@@ -175,22 +176,21 @@ def load_family(point: EntryPoint, others: list[ModelFamily] | None = None) -> M
         ConfigError: It cannot be imported or made, lacks members of `ModelFamily`, or takes the
             name or the pipeline class of another family.
     """
-    attempted = f"loading the family {point.name} ({point.value}, entry point of {ENTRY_POINTS})"
-    remedy = "Correct or uninstall the package that provides it"
+    extension, expected = Extension("family", point), "a class of a model family"
+    made_by = extension.load(expected)
     try:
-        family = point.load()()
+        family = made_by()
     except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-        raise ConfigError(attempted, found, "a class of a model family", remedy) from error
+        raise extension.refusal(f"{type(error).__name__}: {error}", expected) from error
     missing = [name for name in _MEMBERS if not hasattr(family, name)]
     if missing:
         found = f"{family!r} without {', '.join(missing)}"
-        raise ConfigError(attempted, found, "the members of sgmd.ModelFamily", remedy)
+        raise extension.refusal(found, "the members of sgmd.ModelFamily")
     for other in _OWN if others is None else others:
         same_class = other.traits.layout.pipeline_class == family.traits.layout.pipeline_class
         if other.name == family.name or same_class:
             found = f"{family.name} for {family.traits.layout.pipeline_class}, which is taken"
-            raise ConfigError(attempted, found, "a name and a pipeline class of its own", remedy)
+            raise extension.refusal(found, "a name and a pipeline class of its own")
     return family
 
 
