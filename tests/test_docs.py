@@ -13,6 +13,7 @@ import pytest
 import typer
 import yaml
 
+import sgmd
 from pipelines.cli import app
 from pipelines.config.digest import MAY_CHANGE
 from pipelines.config.recipe import DistillConfig
@@ -146,6 +147,127 @@ def _is_wrong(words, options, parts):
     )
 
 
+PACKAGES = ("cluster", "pipelines", "workers", "sgmd_core", "sgmd", "benchmarks")
+FOLDERS = (*PACKAGES, "docs", "tests", "examples", "assets", ".ci")
+ELSEWHERE = {
+    "diffusion_models",
+    "euler",
+    "flex",
+    "ModelSamplingSD3",
+    "mxfp8",
+    "nvfp4",
+    "norm_clip_min",
+    "scontrol",
+    "srun",
+}
+"""Names of other programs that pages mention and our sources do not."""
+
+
+def test_files_and_names_that_pages_mention_exist():
+    mentioned = [
+        (page.name, name)
+        for page in _present_pages()
+        for name in re.findall(r"`([^`\n]+)`", _without_blocks(page.read_text(encoding="utf-8")))
+    ]
+    kinds = [_kind_of_missing(name) for _, name in mentioned]
+    assert len(mentioned) > 3000
+    missing = [(*at, kind) for at, kind in zip(mentioned, kinds, strict=True) if kind]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("pipelines/stages/algorithms.py", "file"),
+        ("pipelines/stages/algorithm.py", ""),
+        ("benchmarks/*.py", ""),
+        ("no_such_file.py", "file"),
+        ("cluster.files.write_holes", "name"),
+        ("cluster.files.write_whole", ""),
+        ("sgmd.Measures", "name"),
+        ("GeneratorLearners", "name"),
+        ("make everything", "target"),
+        ("make test-quick", ""),
+    ],
+)
+def test_a_file_or_name_that_does_not_exist_is_found(name, kind):
+    assert _kind_of_missing(name) == kind
+
+
+def _present_pages():
+    """Pages on what there is; decisions and the changelog tell of what there was, too."""
+    pages = (ROOT / "docs").glob("*.md")
+    return [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *pages]
+
+
+def _without_blocks(text):
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@cache
+def _kind_of_missing(name):
+    """Kind of a thing that does not exist; "" for one that does, or that nothing can be said of."""
+    if name.partition("/")[0] in FOLDERS and re.fullmatch(r"[\w./*-]+", name):
+        return "" if any(ROOT.glob(name.rstrip("/"))) else "file"
+    if re.fullmatch(r"[\w/-]+\.py", name):
+        return "" if name in OF_EXAMPLES or any(each.endswith(f"/{name}") for each in _files()) else "file"
+    if found := re.fullmatch(rf"((?:{'|'.join(PACKAGES)})(?:\.\w+)+)(?:\(.*\))?", name):
+        return "" if name == "sgmd.json" or _is_there(found[1]) else "name"
+    if name.startswith("make "):
+        target = re.escape(name.split()[1])
+        text = (ROOT / "Makefile").read_text(encoding="utf-8")
+        return "" if re.search(rf"^{target}:", text, re.MULTILINE) else "target"
+    if re.fullmatch(r"[A-Za-z_]\w*", name):
+        return "" if name in _words() | ELSEWHERE else "name"
+    return ""
+
+
+OF_EXAMPLES = {"my_package/pseudo_huber.py", "my_package/brightness.py"}
+
+
+def _is_there(dotted):
+    """Tells whether a dotted name is one of a module, or a module itself."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        module = "/".join(parts[:end])
+        for file in (f"{module}.py", f"{module}/__init__.py"):
+            if file in _files():
+                words = set(re.findall(r"\w+", _sources()[file]))
+                return words.issuperset(parts[end:]) or (parts[0] == "sgmd" and _is_public(parts[1:]))
+    return False
+
+
+def _is_public(parts):
+    """Tells whether a name is one of `sgmd`, and the others are its attributes somewhere."""
+    return parts[0] in sgmd.__all__ and _words().issuperset(parts)
+
+
+@cache
+def _files():
+    return frozenset(
+        str(path.relative_to(ROOT))
+        for folder in (*PACKAGES, "docs", "tests", "examples", ".ci")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+
+
+@cache
+def _sources():
+    return {
+        name: (ROOT / name).read_text(encoding="utf-8")
+        for name in _files()
+        if not name.startswith("tests/") or name.startswith("tests/helpers/")
+    }
+
+
+@cache
+def _words():
+    """Words of the sources, recipes and settings of the tools."""
+    others = [*(ROOT / "pipelines").rglob("*.yaml"), ROOT / "pyproject.toml", ROOT / "Makefile"]
+    texts = [*_sources().values(), *(path.read_text(encoding="utf-8") for path in others)]
+    return frozenset(word for text in texts for word in re.findall(r"\w+", text))
+
+
 NO_LITERALS = ("out of memory", "Missing authentication token", "still reading")
 """Messages of torch and Ray that the page quotes, and one that is composed of parts."""
 
@@ -169,9 +291,9 @@ def test_a_docstring_is_no_message():
 
 
 def _literals():
-    for package in ("cluster", "pipelines", "workers", "sgmd_core"):
-        for path in (ROOT / package).rglob("*.py"):
-            yield from _literals_in(path.read_text(encoding="utf-8"))
+    for name, text in _sources().items():
+        if name.startswith(("cluster/", "pipelines/", "workers/", "sgmd_core/")):
+            yield from _literals_in(text)
 
 
 def _literals_in(source):
