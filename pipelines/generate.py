@@ -186,18 +186,45 @@ def generate(
     names_size = (
         bool(settings.trained_sizes) or settings.size != read_inference_settings(folder).size
     )
-    return _clips(sampler, requests, settings, root, formats, zoom, on_progress, names_size)
+    files = _ClipFiles(root, formats, zoom, settings, names_size)
+    return _clips(sampler, requests, settings, files, on_progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _ClipFiles:
+    """Files of the clips of a call.
+
+    Attributes:
+        root: Their folder.
+        formats: One file each.
+        zoom: As in `generate`.
+        settings: Size and rate of the clips.
+        names_size: Whether names hold the size, so that clips of another size do not replace these.
+    """
+
+    root: Path
+    formats: Sequence[str]
+    zoom: int | None
+    settings: InferenceSettings
+    names_size: bool
+
+    def write(self, stem: str, frames: Pixels) -> tuple[Path, ...]:
+        """Writes one clip; returns its files in the order of the formats."""
+        settings, root = self.settings, self.root
+        if self.names_size:
+            stem += f"-{settings.height}x{settings.width}x{settings.num_frames}"
+        with storage_errors(f"writing clips to {shared_place(root)}"), files_at(root) as folder:
+            for form in self.formats:
+                _write(folder / f"{stem}.{form}", frames, settings.fps, self.zoom)
+        return tuple(root / f"{stem}.{form}" for form in self.formats)
 
 
 def _clips(
     sampler: ClipSampler,
     requests: Sequence[tuple[tuple[int, str], int]],
     settings: InferenceSettings,
-    root: Path,
-    formats: Sequence[str],
-    zoom: int | None,
+    files: _ClipFiles,
     on_progress: OnProgress,
-    names_size: bool,
 ) -> Iterator[GeneratedClip]:
     """Samples and writes clip by clip; a request is a numbered prompt and a seed."""
     total = len(requests) * settings.num_steps
@@ -212,13 +239,7 @@ def _clips(
         began = time.perf_counter()
         frames = sampler.sample(SampleRequest(prompt=prompt, seed=chosen, **how), on_step)
         seconds = time.perf_counter() - began
-        stem = f"{index:0{digits}d}-{_slug(prompt)}-seed{chosen}"
-        # So that clips of another size do not replace these.
-        stem += f"-{settings.height}x{settings.width}x{settings.num_frames}" if names_size else ""
-        with storage_errors(f"writing clips to {shared_place(root)}"), files_at(root) as folder:
-            for form in formats:
-                _write(folder / f"{stem}.{form}", frames, settings.fps, zoom)
-        paths = tuple(root / f"{stem}.{form}" for form in formats)
+        paths = files.write(f"{index:0{digits}d}-{_slug(prompt)}-seed{chosen}", frames)
         yield GeneratedClip(prompt, chosen, paths, frames, seconds)
 
 

@@ -37,49 +37,53 @@ class ConsumedBatches:
     rejected: int
 
 
+@dataclass(frozen=True, slots=True)
+class PromptPlan:
+    """Content of an iteration's batches.
+
+    Attributes:
+        batch_size: Captions of one batch.
+        batches_per_iteration: Batches of one iteration.
+        stored: Whether stored embeddings are used.
+        has_data: Whether the iterations take latents of the data.
+        seed: The run's seed.
+        dropout: Share of the captions that are replaced by the empty one.
+        has_buckets: Whether the data have a set for each size, of which an iteration draws one.
+    """
+
+    batch_size: int
+    batches_per_iteration: int
+    stored: bool = False
+    has_data: bool = False
+    seed: int = 0
+    dropout: float = 0.0
+    has_buckets: bool = False
+
+
 class Prompts:
     """Hands out captions, iteration after iteration.
 
     Args:
         feed: Reads the data.
         data: Log of the data that the run has used.
-        batch_size: Captions of one batch.
-        batches_per_iteration: Batches of one iteration.
-        stored: Whether the data bring embeddings along that are used.
-        has_data: Whether the iterations take latents of the data.
+        plan: Content of the batches.
         iterations: First iteration, and one past the last.
         timeout_s: How long to wait for captions.
-        seed: The run's seed.
-        dropout: Share of the captions that are replaced by the empty one.
-        has_buckets: Whether the data have a set for each size, of which an iteration draws one.
     """
 
     def __init__(
         self,
         feed: WorkerGroup[BatchFeed],
         data: DataLog,
-        batch_size: int,
-        batches_per_iteration: int,
-        *,
-        stored: bool,
-        has_data: bool = False,
+        plan: PromptPlan,
         iterations: tuple[int, int],
         timeout_s: float,
-        seed: int = 0,
-        dropout: float = 0.0,
-        has_buckets: bool = False,
     ) -> None:
         self._feed = feed
         self._data = data
-        self._batch_size = batch_size
-        self._batches_per_iteration = batches_per_iteration
-        self._stored = stored
-        self._has_data = has_data
+        self._plan = plan
         self._end = iterations[1]
         self._timeout_s = timeout_s
-        self._seed = seed
-        self._dropout = dropout
-        self._has_buckets = has_buckets
         self._taken: dict[int, ConsumedBatches] = {}
         self._remembered: dict[int, tuple[list[Batch], list[PromptBatch]]] = {}
         self._next = iterations[0]
@@ -139,23 +143,25 @@ class Prompts:
     def _take(self, iteration: int) -> Sequence[Future[Batch]]:
         if iteration >= self._end:
             return []
-        draw = iteration if self._has_buckets else None
+        draw = iteration if self._plan.has_buckets else None
         with labelled(iteration):
             return [
                 self._feed.call_rank(
-                    0, BatchFeed.take, self._batch_size, self._columns(number), draw
+                    0, BatchFeed.take, self._plan.batch_size, self._columns(number), draw
                 )
-                for number in range(self._batches_per_iteration)
+                for number in range(self._plan.batches_per_iteration)
             ]
 
     def _columns(self, number: int) -> tuple[str, ...]:
         """Columns that are asked for of a batch; the generator learns from the first one."""
-        stored = (TEXT_EMBEDS,) if self._stored else ()
-        return (*stored, LATENTS) if self._has_data and not number else stored
+        stored = (TEXT_EMBEDS,) if self._plan.stored else ()
+        return (*stored, LATENTS) if self._plan.has_data and not number else stored
 
     def _prompts(self, iteration: int, number: int, batch: Batch) -> PromptBatch:
         rows = len(batch.captions)
-        dropped = dropped_rows(self._seed, iteration, number, rows, self._dropout)
+        dropped = dropped_rows(
+            self._plan.seed, iteration, number, rows, self._plan.dropout
+        )
         # The log of the data has the captions as they were read.
         captions = tuple(
             "" if row in dropped else caption for row, caption in enumerate(batch.captions)

@@ -24,7 +24,7 @@ from pipelines.distillation.loading import load_generator, load_roles
 from pipelines.distillation.monitor import RunMonitor, is_due
 from pipelines.distillation.open_run import OpenRun
 from pipelines.distillation.position import Position
-from pipelines.distillation.prompts import Prompts
+from pipelines.distillation.prompts import PromptPlan, Prompts
 from pipelines.distillation.recovery import Recovery
 from pipelines.distillation.snapshots import Snapshots
 from pipelines.distillation.states import States
@@ -349,18 +349,21 @@ class Distillation:
         return due or (self._monitor.ranks and self._monitor.validates_at(iteration))
 
     def _open_prompts(self, first: int) -> Prompts:
+        config = self._config
         return Prompts(
             self._groups.feed,
             self._run.data,
-            self._config.batch.size,
-            self._plan.batches_per_iteration,
-            stored=self._run.checked.has_stored_text,
-            has_data=self._run.checked.has_data_latents,
-            iterations=(first, self._config.iterations),
-            timeout_s=self._config.topology.call_timeout_s,
-            seed=self._config.seed,
-            dropout=self._config.data.prompt_dropout,
-            has_buckets=takes_sizes_from_data(self._config),
+            PromptPlan(
+                config.batch.size,
+                self._plan.batches_per_iteration,
+                stored=self._run.checked.has_stored_text,
+                has_data=self._run.checked.has_data_latents,
+                seed=config.seed,
+                dropout=config.data.prompt_dropout,
+                has_buckets=takes_sizes_from_data(config),
+            ),
+            iterations=(first, config.iterations),
+            timeout_s=config.topology.call_timeout_s,
         )
 
     def _num_together(self, first: int) -> int:
