@@ -11,7 +11,7 @@ come from the environment.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,36 +23,28 @@ from cluster.paths import real_path
 from cluster.stores import store_address
 from cluster.schedule.program import Team
 from pipelines.config import recipe_files, settings_check
-from pipelines.config.adapters import lora_contradictions
-from pipelines.config.adversary import adversary_contradictions
-from pipelines.config.alarms import OF_VALIDATIONS, AlarmSettings
-from pipelines.config.attention import attention_contradictions
+from pipelines.config.alarms import AlarmSettings
 from pipelines.config.caption_sets import DataSettings
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
 from pipelines.config.clip_sizes import compiled_sizes
-from pipelines.config.consistency import clipped_sums, consistency_contradictions
+from pipelines.config.consistency import clipped_sums
+from pipelines.config.contradictions import contradictions_of
 from pipelines.config.digest import deciding_settings_of
-from pipelines.config.experts import expert_contradictions, phases_in
-from pipelines.config.frozen import frozen_contradictions
+from pipelines.config.experts import phases_in
 from pipelines.config.guards import GuardSettings
 from pipelines.config.lag import LagSettings
-from pipelines.config.methods import ObjectiveSettings, method_contradictions
+from pipelines.config.methods import ObjectiveSettings
 from pipelines.config.model_folders import model_address, model_on_this_machine, models_of_roles
 from pipelines.config.overrides import Override, apply_overrides, require_single
 from pipelines.config.recovery import RecoverySettings
-from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, ROLES, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, ROLES, TEACHER
 from pipelines.config.section import Section
 from pipelines.config.seldom_meant import odd_ends, split_factors, unlearned_guidance
-from pipelines.config.sequence import sequence_contradictions
-from pipelines.config.shuffled import part_contradictions, shuffling_contradictions
-from pipelines.config.steps import step_contradictions
 from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
 from pipelines.config.topology import TopologySettings
-from pipelines.config.topology_check import topology_contradictions
 from pipelines.config.unreached import unreached_parts
 from pipelines.config.unread import unread_settings
-from pipelines.config.walk import walk_contradictions
 from sgmd_core.buckets import drawn_bucket
 from sgmd_core.objectives import adversary_of, cautions_of, first_exit_of, looks_of
 from sgmd_core.objectives.adversarial import AdversarialTerm
@@ -155,7 +147,7 @@ class DistillConfig(Section):
 
     def contradictions(self) -> Iterable[str]:
         """Sentences on settings that do not fit together."""
-        return _contradictions(self)
+        return contradictions_of(self)
 
     @property
     def run_folder(self) -> Path:
@@ -405,66 +397,3 @@ def _changed(
     require_single(changes, attempted)
     changed = apply_overrides(config.model_dump(mode="json"), changes)
     return settings_check.validate(DistillConfig, changed, attempted)
-
-
-def _contradictions(config: DistillConfig) -> list[str]:
-    """Returns what is wrong between settings that are right one by one."""
-    problems: list[str] = []
-    batch, topology = config.batch, config.topology
-    if batch.micro_batches > batch.size:
-        problems.append(
-            f"batch.micro_batches {batch.micro_batches} is more than the samples of a batch "
-            f"(batch.size {batch.size}), so some would be empty"
-        )
-    if batch.micro_batches % batch.num_exit_draws:
-        problems.append(
-            f"batch.exit_draws {batch.exit_draws} does not divide batch.micro_batches "
-            f"{batch.micro_batches}, and the samples of a micro-batch leave at one step; set "
-            f"batch.micro_batches to a multiple of {batch.exit_draws}"
-        )
-    company = {role: compute.ulysses for role, compute in config.computes.items()}
-    found = topology_contradictions(topology, batch.size, batch.micro_batches, company)
-    # Pools that contradict themselves have no ranks to be counted.
-    problems += found or sequence_contradictions(config)
-    problems += shuffling_contradictions(
-        config.objective, config.fake_score, config.generator.diversity
-    )
-    problems += walk_contradictions(config.objective, config.fake_score)
-    if not found:
-        parties = config.teams[FAKE_SCORE].parties
-        problems += part_contradictions(config.fake_score, batch.size, batch.micro_batches, parties)
-    problems += method_contradictions(config.objective, config.fake_score)
-    problems += step_contradictions(config.schedule, config.generator, config.objective)
-    problems += consistency_contradictions(config)
-    problems += expert_contradictions(config)
-    problems += adversary_contradictions(config.objective, config.schedule)
-    if config.schedule.renoise and config.teacher.guidance_scale == 1:
-        problems.append(
-            "schedule.renoise holds for samplers without guidance, which with "
-            "teacher.guidance_scale 1 the teacher's are, too; choose another scale"
-        )
-    problems += lora_contradictions(config)
-    problems += frozen_contradictions(config)
-    problems += attention_contradictions(config)
-    if config.validation.every and not config.data.validation:
-        problems.append("validation.every is above 0, but data.validation names no captions")
-    problems += _silent_alarms(config)
-    return problems
-
-
-def _silent_alarms(config: DistillConfig) -> Iterator[str]:
-    """Sentences on alarms that are to end a run which never measures what they are read from."""
-    stops = set(config.alarms.stop)
-    measured = {"validation.every": config.validation.every, "lag.every": config.lag.every}
-    read = {"validation.every": stops & OF_VALIDATIONS, "lag.every": stops & {"tracking_lag"}}
-    for setting, alarms in read.items():
-        if alarms and not measured[setting]:
-            yield (
-                f"alarms.stop has {', '.join(sorted(alarms))}, which {setting} 0 never measures; "
-                f"set {setting}, or leave the alarm out"
-            )
-    if "silent_discriminator" in stops and config.adversary is None:
-        yield (
-            "alarms.stop has silent_discriminator, and this "
-            f"{config.objective.method} has no discriminator; leave the alarm out"
-        )
