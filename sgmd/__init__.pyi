@@ -72,6 +72,8 @@ from sgmd_core.objectives.meanflow import Strides as Strides
 from sgmd_core.objectives.pdmd import PdmdObjective as PdmdObjective
 from sgmd_core.objectives.phased import PhasedObjective as PhasedObjective
 from sgmd_core.objectives.rcm import RcmObjective as RcmObjective
+from sgmd_core.objectives.settings import require_number as require_number
+from sgmd_core.objectives.settings import require_updates as require_updates
 from sgmd_core.objectives.sgmd import SgmdObjective as SgmdObjective
 from sgmd_core.objectives.sid import SidObjective as SidObjective
 from sgmd_core.objectives.tmd import TmdObjective as TmdObjective

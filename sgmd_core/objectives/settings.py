@@ -1,4 +1,4 @@
-"""Checks that the objectives make of their own numbers."""
+"""Checks of an objective's own numbers."""
 
 import math
 
@@ -6,10 +6,15 @@ from sgmd_core.errors import ConfigError
 
 
 def require_number(name: str, value: float, *, zero_allowed: bool) -> None:
-    """Checks a weight or a floor.
+    """Checks a weight or a floor of an objective.
+
+    Args:
+        name: Name of the setting.
+        value: Its value.
+        zero_allowed: Whether 0 has a meaning.
 
     Raises:
-        ConfigError: It is negative, not finite, or 0 where that means nothing.
+        ConfigError: It is negative, not finite, or 0 without a meaning.
     """
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
         raise ConfigError(
@@ -20,7 +25,10 @@ def require_number(name: str, value: float, *, zero_allowed: bool) -> None:
 
 
 def require_updates(fake_updates: int) -> None:
-    """Checks the number of fake-score updates an iteration.
+    """Checks the number of fake-score updates per iteration.
+
+    Args:
+        fake_updates: The number.
 
     Raises:
         ConfigError: It is below 1.

@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sgmd import GradientPath, Latents, Loss, NoisedBatch, denoising_loss, float32, x0_gap
+from sgmd import (
+    GradientPath,
+    Latents,
+    Loss,
+    NoisedBatch,
+    denoising_loss,
+    float32,
+    require_number,
+    require_updates,
+    x0_gap,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +34,10 @@ class PseudoHuberObjective:
     method: Literal["pseudo_huber"] = "pseudo_huber"
     delta: float = 1.0
     fake_updates: int = 1
+
+    def __post_init__(self) -> None:
+        require_number("delta", self.delta, zero_allowed=False)
+        require_updates(self.fake_updates)
 
     def generator_loss(
         self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
