@@ -18,9 +18,9 @@ from typing import Any
 
 from cluster.errors import StorageError
 from cluster.files import sha256_of
-from cluster.stores import open_store, opened_store
 from cluster.storage import file_sizes, is_folder, read_json, write_json
 from cluster.storage_errors import storage_errors
+from cluster.stores import open_store, opened_store
 
 MANIFEST = "manifest.json"
 _SET_ASIDE = "manifest.json.broken"

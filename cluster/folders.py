@@ -20,8 +20,8 @@ from typing import Any
 
 from cluster.errors import StorageError
 from cluster.files import whole_folder
-from cluster.stores import open_store, store_address
 from cluster.storage_errors import full_disk_errors, storage_errors
+from cluster.stores import open_store, store_address
 from cluster.streams import write_stream
 
 _PIECE_BYTES = 4 * 2**20

@@ -33,9 +33,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import LeaseError, LeaseLostError
 from cluster.files import open_in_place
-from cluster.stores import open_store, store_address
 from cluster.redaction import without_secrets
 from cluster.storage_errors import storage_errors
+from cluster.stores import open_store, store_address
 
 LEASE_FILE, LEASE_OBJECT = ".lease", "_lease.json"
 _RENEW_EVERY_S, _EXPIRY_S = 10.0, 60.0

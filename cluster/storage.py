@@ -15,8 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 from cluster.errors import StorageError
 from cluster.files import write_whole
 from cluster.paths import require_file
-from cluster.stores import open_store, opened_store
 from cluster.storage_errors import storage_errors
+from cluster.stores import open_store, opened_store
 
 
 def read_text(url: str) -> str:

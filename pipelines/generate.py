@@ -26,8 +26,8 @@ from pipelines.data.making.manifest_rows import fault_of_text
 from pipelines.data.shards.caption_rule import is_blank
 from pipelines.media.inference import InferenceSettings, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
-from pipelines.run.outputs import require_output_folder
 from pipelines.run.generator_folder import model_folder
+from pipelines.run.outputs import require_output_folder
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cluster.paths import kind_of_path
 from cluster.folders import whole_folder_at
+from cluster.paths import kind_of_path
 from pipelines.exporting.sampled import LoraSource, settings_of_loras
 from pipelines.exporting.target import require_safe_target
 from pipelines.media.inference import (

@@ -22,8 +22,8 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.paths import require_writable
 from cluster.lease import hold
+from cluster.paths import require_writable
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import Shard
 from pipelines.data.shards.indexing import index_folder

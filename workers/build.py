@@ -83,7 +83,9 @@ def build_generator(
     """
     torch.set_num_threads(num_threads)
     buckets = _latent_buckets(model, video)
-    network = learning_network(model, settings.compute, settings.lora, seed, "generator", rolls_out=True)
+    network = learning_network(
+        model, settings.compute, settings.lora, seed, "generator", rolls_out=True
+    )
     checks = FiniteChecks(raises=raises)
     return GeneratorLearner(network, schedule, settings, buckets, seed, checks, task)
 

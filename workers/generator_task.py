@@ -1,6 +1,6 @@
 """Task of the generator: the parts of a method that it computes beside the rollout itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.objectives.meanflow import MeanFlowTerm
@@ -21,7 +21,7 @@ class GeneratorTask:
             the generator.
     """
 
-    looks: Looks = Looks()
+    looks: Looks = field(default_factory=Looks)
     phases: Phases | None = None
     consistency: ConsistencyTerm | None = None
     flow: MeanFlowTerm | None = None

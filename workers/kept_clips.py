@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.files import whole_file
-from cluster.stores import open_store, store_address
 from cluster.folders import files_at
 from cluster.lease import hold_if_free
 from cluster.storage_errors import storage_errors
+from cluster.stores import open_store, store_address
 from sgmd_core.errors import SgmdError
 from sgmd_core.metrics import appearance, distributions, frechet, motion
 from sgmd_core.schedule import FlowMatchSchedule

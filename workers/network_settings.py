@@ -10,7 +10,7 @@ from typing import Literal
 
 from sgmd_core.errors import ConfigError
 from workers.attention import KERNELS, AttentionName
-from workers.learning_rate import COURSES, Course
+from workers.rate_courses import COURSES, Course
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from sgmd_core.errors import NonFiniteError, StaleCallError, non_finite_remedy
 from workers.adamw import MOMENTS, WHOLE_MOMENTS, make_adamw, restore_moments
 from workers.adapters import lora_of
-from workers.learning_rate import learning_rate
 from workers.network_settings import OptimizerSettings
+from workers.rate_courses import CONSTANT, COURSES
 from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_adapters, require_same_tensors
 from workers.rows import RowRange
@@ -43,6 +43,25 @@ _LAYER = re.compile(r".*?\.\d+(?=\.)")
 """The layer that a parameter belongs to, as its name has it: `transformer.blocks.7`."""
 
 _OUTSIDE = "outside_layers"
+
+
+def learning_rate(settings: OptimizerSettings, updates: int) -> float:
+    """Rate of the update that follows `updates` earlier ones.
+
+        warm-up     lr * (updates + 1) / warmup_iterations
+        afterwards  lr * (final + (1 - final) * course(t)),   final = final_lr_ratio
+                    t = (updates - warmup) / (decay_iterations - warmup), at most 1
+
+    A function of the count alone, so a resumed run needs no state of a scheduler.
+    """
+    warmup = settings.warmup_iterations
+    if updates < warmup:
+        return settings.lr * (updates + 1) / warmup
+    if settings.decay == CONSTANT:
+        return settings.lr
+    t = min(1.0, (updates - warmup) / (settings.decay_iterations - warmup))
+    left = COURSES[settings.decay](t)
+    return settings.lr * (settings.final_lr_ratio + (1 - settings.final_lr_ratio) * left)
 
 
 class RoleOptimizer:

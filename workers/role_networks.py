@@ -137,9 +137,13 @@ def learning_network(
     return network
 
 
-def adapter_base(model: ModelSettings, compute: ComputeSettings, *, whole: bool = False) -> Denoiser:
+def adapter_base(
+    model: ModelSettings, compute: ComputeSettings, *, whole: bool = False
+) -> Denoiser:
     """The base of a role's adapters; `whole` has both experts where the roles have one alone."""
-    base = partial(shared_base, local_model(model.folder), DTYPES[compute.weights], process_device())
+    base = partial(
+        shared_base, local_model(model.folder), DTYPES[compute.weights], process_device()
+    )
     if whole and model.alone is not None:
         return joined_bases(base("high"), base("low"))
     return base(model.alone)

@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cluster.files import write_whole
-from cluster.stores import open_store
 from cluster.storage_errors import storage_errors
+from cluster.stores import open_store
 from sgmd_core.errors import CheckpointError, ConfigError
 from workers.network_settings import LoraSettings
 from workers.rows import PartFile, RowRange, read_parts

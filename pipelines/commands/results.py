@@ -229,8 +229,8 @@ def report_command(
         from cluster.storage import file_size
         from pipelines.reporting.page import write_page
         from pipelines.reporting.records import read_run
-        from pipelines.run.outputs import require_lasting_folder
         from pipelines.run.opened_copy import working_copy
+        from pipelines.run.outputs import require_lasting_folder
         from pipelines.run.places import shared_place
         from pipelines.sweeping.page import is_sweep, write_sweep_page
         from pipelines.sweeping.places import ELSEWHERE

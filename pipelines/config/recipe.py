@@ -20,8 +20,8 @@ import yaml
 from pydantic import Field, JsonValue, field_validator
 
 from cluster.paths import real_path
-from cluster.stores import store_address
 from cluster.schedule.program import Team
+from cluster.stores import store_address
 from pipelines.config import recipe_files, settings_check
 from pipelines.config.alarms import AlarmSettings
 from pipelines.config.caption_sets import DataSettings

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from cluster.stores import opened_store, store_address
 from cluster.redaction import without_secrets
+from cluster.stores import opened_store, store_address
 from pipelines.config.captions_of_jobs import with_captions_beside
 from pipelines.config.overrides import Override, apply_overrides, parse_override
 from pipelines.config.settings_check import known_keys, validate

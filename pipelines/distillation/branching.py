@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cluster.checkpoints import MANIFEST, Checkpoints
 from cluster.files import delete_folder, whole_folder
-from cluster.stores import store_address
 from cluster.folders import copy_folder_at
+from cluster.stores import store_address
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.position import begin, differences
 from pipelines.distillation.preflight import run_preflight

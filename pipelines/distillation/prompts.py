@@ -159,9 +159,7 @@ class Prompts:
 
     def _prompts(self, iteration: int, number: int, batch: Batch) -> PromptBatch:
         rows = len(batch.captions)
-        dropped = dropped_rows(
-            self._plan.seed, iteration, number, rows, self._plan.dropout
-        )
+        dropped = dropped_rows(self._plan.seed, iteration, number, rows, self._plan.dropout)
         # The log of the data has the captions as they were read.
         captions = tuple(
             "" if row in dropped else caption for row, caption in enumerate(batch.captions)

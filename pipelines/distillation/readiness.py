@@ -14,8 +14,8 @@ from urllib.parse import urlparse
 
 import torch
 
-from cluster.stores import store_address
 from cluster.inventory import memory_bytes
+from cluster.stores import store_address
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.beside import bytes_beside, host_bytes_beside

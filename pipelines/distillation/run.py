@@ -287,9 +287,7 @@ def _place_and_train(
         observers = Observers([observer, beside])
         events.observer = observers
         checkpoints = Checkpoints(shared_place(folder.checkpoints))
-        run = Distillation(
-            OpenRun(config, checked, groups, folder, data, checkpoints, events)
-        )
+        run = Distillation(OpenRun(config, checked, groups, folder, data, checkpoints, events))
         run.load(start)
         may_replan = config.recovery.shortage == "replan"
         is_replanned = False

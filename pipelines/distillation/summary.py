@@ -8,10 +8,10 @@ from typing import Any
 
 from pipelines.config.recipe import DistillConfig
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.run.revision import git_revision, versions
 from pipelines.run.origin import command_line
 from pipelines.run.places import shared_place
 from pipelines.run.ranking import Ranked
+from pipelines.run.revision import git_revision, versions
 
 
 def summarise(

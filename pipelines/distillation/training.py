@@ -326,17 +326,13 @@ class Distillation:
     @property
     def endings(self) -> Endings:
         """Ends of the run before its last iteration."""
-        return Endings(
-            self._config, self._folder, self._states, self._exports, self._run.events
-        )
+        return Endings(self._config, self._folder, self._states, self._exports, self._run.events)
 
     @property
     def _exports(self) -> Exports:
         """Exports by the present monitor's ranking."""
         generator = self._groups.roles.generator
-        return Exports(
-            self._config, generator, self._folder, self._run.checkpoints, self._monitor
-        )
+        return Exports(self._config, generator, self._folder, self._run.checkpoints, self._monitor)
 
     @property
     def _is_in_step(self) -> bool:

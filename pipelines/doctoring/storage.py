@@ -12,9 +12,9 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.stores import open_store
 from cluster.redaction import without_secrets
 from cluster.s3.settings import S3Settings
+from cluster.stores import open_store
 from pipelines.doctoring.findings import Finding, Status, gib
 
 _STORAGE_S = 20.0  # a request to an S3 server

@@ -21,8 +21,8 @@ from pipelines.distillation.position import model_differences, read_identity
 from pipelines.evaluation.result import GENERATOR
 from pipelines.media.inference import InferenceSettings, read_inference_settings
 from pipelines.run.folder import RunFolder
-from pipelines.run.outputs import require_output_folder
 from pipelines.run.generator_folder import model_folder
+from pipelines.run.outputs import require_output_folder
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, FlowMatchSchedule

@@ -39,9 +39,9 @@ from pipelines.evaluation.result import (
 from pipelines.evaluation.set_distances import SetDistance, set_distances
 from pipelines.evaluation.teacher_sets import TEACHER_SETS, NamedExtractor, TeacherSets
 from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
-from pipelines.run.revision import versions
-from pipelines.run.outputs import require_inside, require_lasting_folder
 from pipelines.run.opened_copy import hold_place, run_copy, working_copy
+from pipelines.run.outputs import require_inside, require_lasting_folder
+from pipelines.run.revision import versions
 from sgmd_core.metrics.bootstrap import (
     median_interval,
     median_ratio_interval,

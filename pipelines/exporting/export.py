@@ -18,15 +18,15 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from cluster.folders import whole_folder_at
 from cluster.paths import real_path
 from cluster.stores import store_address
-from cluster.folders import whole_folder_at
 from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source
 from pipelines.exporting.target import EXPORTS, require_safe_target
 from pipelines.run.folder import RunFolder
-from pipelines.run.outputs import require_inside
 from pipelines.run.opened_copy import run_copy
+from pipelines.run.outputs import require_inside
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.addresses import local_model, missing_folder

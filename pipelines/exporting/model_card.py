@@ -21,8 +21,8 @@ from pipelines.evaluation.run import EVALUATION_FILE
 from pipelines.exporting.source import TrainedGenerator
 from pipelines.reporting.names import in_order
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.run.revision import git_revision
 from pipelines.run.outputs import file_inside
+from pipelines.run.revision import git_revision
 from sgmd_core.errors import CheckpointError
 from workers.models.addresses import is_hub_id
 from workers.models.configs import INDEX_FILE, read_model_json

@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cluster.stores import store_address
 from cluster.storage import read_text
+from cluster.stores import store_address
 from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import GENERATOR, ROLES
 from pipelines.planning.hardware import Hardware

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from ray.train import Checkpoint, Result
 
-from cluster.stores import opened_store, store_address
 from cluster.folders import folder_here, whole_folder_at
 from cluster.lease import Lease, hold_replaced
 from cluster.ray.mailbox import open_mailbox
 from cluster.ray.topology import require_cpus
 from cluster.storage import write_json
+from cluster.stores import opened_store, store_address
 from pipelines.config.recovery import RecoverySettings
 from pipelines.data.shards.schema import ShardKind
 from pipelines.pretraining.config import PretrainConfig
@@ -65,8 +65,8 @@ from pipelines.pretraining.stages import (
     require_same_stages,
     stage_identities,
 )
-from pipelines.run.outputs import require_output_folder
 from pipelines.run.opened_copy import hold_place, working_copy
+from pipelines.run.outputs import require_output_folder
 from pipelines.run.places import local_of, shared_place
 from pipelines.run.publisher import publish_now, publishing
 from pipelines.run.replaceable import require_replaceable

@@ -27,8 +27,8 @@ from pipelines.reporting.records import RunRecords, finite, read_run
 from pipelines.reporting.settings import differing_facts, differing_settings, facts
 from pipelines.reporting.sizes import size_rows
 from pipelines.reporting.times import critical_path, role_seconds, stage_times, utilisation
-from pipelines.run.outputs import require_inside, require_lasting_folder, require_output_folder
 from pipelines.run.opened_copy import working_copy
+from pipelines.run.outputs import require_inside, require_lasting_folder, require_output_folder
 from pipelines.run.places import shared_place
 
 T = TypeVar("T")

@@ -20,11 +20,11 @@ from cluster.redaction import without_secrets
 from cluster.said import OWN_LOGGERS, Said
 from pipelines.run.alarms import Alarm
 from pipelines.run.folder import append_jsonl
-from pipelines.run.revision import git_revision
 from pipelines.run.observer import RunObserver
 from pipelines.run.origin import command_line
 from pipelines.run.progress import describe_validation
 from pipelines.run.records import GOOD_NEWS, IterationRecord, RunEvent, ValidationRecord
+from pipelines.run.revision import git_revision
 
 _CONTROLLER = "controller"
 

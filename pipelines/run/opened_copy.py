@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from cluster.errors import StorageError
 from cluster.files import delete_folder
+from cluster.lease import Lease, hold
 from cluster.paths import require_own_files
 from cluster.stores import opened_store, store_address
-from cluster.lease import Lease, hold
 from pipelines.config.recipe_files import RUN_RECIPE
 from pipelines.run.held_folder import KEEP, held_folder
 from pipelines.run.places import add_copy, open_copy_of, remove_copy, shared_place

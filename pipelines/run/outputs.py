@@ -5,8 +5,8 @@ from pathlib import Path
 
 from cluster.files import write_whole
 from cluster.paths import real_path, require_writable
-from cluster.stores import open_store, opened_store, store_address
 from cluster.redaction import has_user, without_secrets
+from cluster.stores import open_store, opened_store, store_address
 from pipelines.run.places import require_written_out
 from pipelines.run.working_copy import PATIENCE
 from sgmd_core.errors import ConfigError

@@ -15,8 +15,8 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from pyarrow.lib import PythonFile
 
 from cluster.files import write_whole
-from cluster.stores import open_store
 from cluster.storage_errors import storage_errors
+from cluster.stores import open_store
 
 
 def ray_store(address: str) -> tuple[PyFileSystem, str]:

@@ -19,11 +19,11 @@ from typing import Any
 
 from cluster.errors import StorageError, StoreRefusedError
 from cluster.files import write_whole
-from cluster.stores import open_store, opened_store
 from cluster.folders import upload_file
 from cluster.lease import LEASE_OBJECT
 from cluster.s3.settings import S3Settings
 from cluster.storage_errors import storage_errors
+from cluster.stores import open_store, opened_store
 from pipelines.config.recipe_files import RUN_RECIPE
 from pipelines.run.log_parts import PARTS, LogParts, parts_in_order
 from pipelines.run.places import is_path_inside, shared_place

@@ -27,12 +27,12 @@ from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.run import NOT_NEEDED, distill
 from pipelines.planning.passes import expected_passes, pass_costs, units_by_role
 from pipelines.run.folder import RunFolder
-from pipelines.run.revision import git_revision, versions
-from pipelines.run.outputs import require_output_folder
 from pipelines.run.observer import RunObserver
 from pipelines.run.opened_copy import copy_at, working_copy
+from pipelines.run.outputs import require_output_folder
 from pipelines.run.places import shared_place
 from pipelines.run.publisher import publish_now, published_place
+from pipelines.run.revision import git_revision, versions
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopRequests, stop_requests
 from pipelines.study.figures import write_plots

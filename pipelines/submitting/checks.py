@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from botocore.exceptions import BotoCoreError
 
-from cluster.paths import kind_of_path
 from cluster.job_files import is_ignored, stays_at_home
+from cluster.paths import kind_of_path
 from pipelines.config.captions_of_jobs import MAX_CAPTION_BYTES
 from pipelines.config.gaussian_study import GaussianStudyConfig, is_gaussian_study
 from pipelines.config.overrides import parse_override
@@ -32,8 +32,8 @@ from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.inspect import first_captions, inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.source import Source
-from pipelines.distillation.preflight import inspect_captions, run_preflight
 from pipelines.distillation.network_checks import inspect_networks
+from pipelines.distillation.preflight import inspect_captions, run_preflight
 from pipelines.pretraining.config import PretrainConfig, load_pretraining
 from pipelines.run.outputs import require_lasting_folder
 from pipelines.run.places import shared_place

@@ -16,8 +16,8 @@ from cluster.files import write_whole
 from cluster.job_files import stays_at_home
 from cluster.jobs import forwarded_environment, submit_job
 from pipelines.config.model_folders import PROJECT_ROOT
-from pipelines.run.revision import REVISION_VARIABLE, git_revision
 from pipelines.run.origin import COMMAND_VARIABLE, command_line
+from pipelines.run.revision import REVISION_VARIABLE, git_revision
 from pipelines.submitting.checks import Preparation
 from pipelines.submitting.request import TRAVELLING, JobRequest, TravellingFile, require_request
 from sgmd_core.errors import ConfigError

@@ -21,11 +21,11 @@ from ray import tune
 from ray.tune.execution import class_cache
 
 from cluster.errors import StorageError
-from cluster.stores import store_address
 from cluster.lease import LEASE_FILE, hold_if_free
 from cluster.ray.pools import Pool, bundles_of, selectors_of
 from cluster.runtime import start_ray
 from cluster.storage import write_text
+from cluster.stores import store_address
 from pipelines.config.captions_of_jobs import (
     keep_captions,
     kept_captions,
@@ -43,9 +43,9 @@ from pipelines.distillation.pools import (
 from pipelines.distillation.run import NOT_NEEDED
 from pipelines.run.differences import value_differences
 from pipelines.run.folder import TEACHER_CLIPS, RunFolder
-from pipelines.run.outputs import require_output_folder
 from pipelines.run.observer import RunObserver
 from pipelines.run.opened_copy import hold_place, working_copy
+from pipelines.run.outputs import require_output_folder
 from pipelines.run.places import local_of, shared_place
 from pipelines.run.publisher import publish_now, publishing
 from pipelines.run.ray_store import ray_store

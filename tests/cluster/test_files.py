@@ -15,9 +15,9 @@ import pytest
 from cluster import files
 from cluster.errors import StorageError, StoreRefusedError
 from cluster.files import whole_file, whole_folder, write_whole
-from cluster.stores import open_store
 from cluster.folders import whole_folder_at
 from cluster.storage_errors import storage_errors
+from cluster.stores import open_store
 from sgmd_core.errors import ConfigError
 
 _DIE_HALF_WAY = """

@@ -19,9 +19,9 @@ from s3fs import S3FileSystem
 from cluster import lease as leases
 from cluster.errors import LeaseError, LeaseLostError, StorageError
 from cluster.files import whole_folder
-from cluster.stores import open_store
 from cluster.folders import whole_folder_at
 from cluster.lease import LEASE_FILE, LEASE_OBJECT, hold, hold_replaced
+from cluster.stores import open_store
 from tests.helpers.s3_server import use_server
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from cluster.errors import StorageError
-from cluster.stores import open_store
 from cluster.lease import hold
 from cluster.s3.settings import S3Settings
 from cluster.storage import file_sizes, read_json, write_json
+from cluster.stores import open_store
 from pipelines.doctoring.examine import examine
 from pipelines.doctoring.findings import Status
 from tests.helpers.clip_samplers import REQUEST, CountingSampler

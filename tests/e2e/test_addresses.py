@@ -9,9 +9,9 @@ import pytest
 
 from cluster.checkpoints import Checkpoints
 from cluster.errors import StorageError
-from cluster.stores import open_store
 from cluster.s3.settings import S3Settings
 from cluster.storage import file_sizes
+from cluster.stores import open_store
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.audit import audit
 from pipelines.distillation.run import distill

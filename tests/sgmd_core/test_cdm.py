@@ -285,7 +285,12 @@ def test_three_roles_make_the_gradient_of_one_graph(batched):
     update = OptimizerSettings(lr=1e-3)
     settings = GeneratorSettings(random_steps=STEPS, ema_decay=0.0, optimizer=update)
     generator = GeneratorLearner(
-        networks[0], SCHEDULE, settings, LATENT_SHAPE, 3, task=GeneratorTask(looks_of(objective, SCALE))
+        networks[0],
+        SCHEDULE,
+        settings,
+        LATENT_SHAPE,
+        3,
+        task=GeneratorTask(looks_of(objective, SCALE)),
     )
     fake_score = FakeScoreTracker(networks[1], objective, FakeScoreSettings("fresh", update))
     guided = TeacherSettings(guidance_scale=SCALE, batched_guidance=batched)

@@ -41,7 +41,9 @@ SEED = 11
 def learner(network, term: MeanFlowTerm = TERM) -> GeneratorLearner:
     schedule = FlowMatchSchedule(shift=3.0)
     settings = GeneratorSettings(num_steps=2)
-    return GeneratorLearner(network, schedule, settings, LATENT_SHAPE, SEED, task=GeneratorTask(flow=term))
+    return GeneratorLearner(
+        network, schedule, settings, LATENT_SHAPE, SEED, task=GeneratorTask(flow=term)
+    )
 
 
 def gradients_of(batches=(BATCH,), term: MeanFlowTerm = TERM) -> dict[str, Tensor]:

@@ -9,8 +9,7 @@ from torch import nn
 from tests.helpers.tiny_wan import tiny_velocity
 from workers.ema import AveragedWeights, effective_decay
 from workers.network_settings import OptimizerSettings
-from workers.learning_rate import learning_rate
-from workers.optimizer import RoleOptimizer
+from workers.optimizer import RoleOptimizer, learning_rate
 
 
 class Numbers(nn.Module):

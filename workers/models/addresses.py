@@ -20,8 +20,8 @@ from fsspec.callbacks import Callback
 
 from cluster.files import cache_folder, whole_folder
 from cluster.paths import kind_of_path
-from cluster.stores import open_store, opened_store, store_address
 from cluster.storage_errors import storage_errors
+from cluster.stores import open_store, opened_store, store_address
 from sgmd_core.errors import ModelFolderError
 from workers.models.configs import INDEX_FILE, REMEDY
 

@@ -20,8 +20,8 @@ from typing import Any, cast
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.paths import require_writable
 from cluster.lease import Lease, hold
+from cluster.paths import require_writable
 from pipelines.data.shards.filesystem import data_errors, open_folder
 from pipelines.data.shards.index import (
     INDEX_NAME,

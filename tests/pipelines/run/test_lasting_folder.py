@@ -9,8 +9,8 @@ from pipelines.distillation.preflight import run_preflight
 from pipelines.evaluation.run import evaluate
 from pipelines.generate import generate
 from pipelines.reporting.page import write_report
-from pipelines.run.revision import REVISION_VARIABLE, git_revision
 from pipelines.run.outputs import require_lasting_folder
+from pipelines.run.revision import REVISION_VARIABLE, git_revision
 from sgmd_core.errors import ConfigError
 
 TINY = Path(__file__).parents[3] / "assets" / "tiny-wan"

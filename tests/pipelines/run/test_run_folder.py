@@ -7,11 +7,11 @@ import pytest
 from cluster.errors import StorageError
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
-from pipelines.run.revision import versions
-from pipelines.run.outputs import require_inside
 from pipelines.run.observer import RunObserver
 from pipelines.run.opened_copy import hold_place
+from pipelines.run.outputs import require_inside
 from pipelines.run.records import RunEvent
+from pipelines.run.revision import versions
 from sgmd_core.errors import CheckpointError, ConfigError
 
 

@@ -8,9 +8,9 @@ import fsspec
 import pytest
 
 from cluster.errors import LeaseError
-from cluster.stores import store_address
 from cluster.lease import hold
 from cluster.storage import read_json, write_json
+from cluster.stores import store_address
 from pipelines.config.recipe import load_recipe
 from pipelines.run.opened_copy import working_copy
 from pipelines.sweeping.trial import (
