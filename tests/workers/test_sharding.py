@@ -43,6 +43,7 @@ from workers.role_state import load_role
 from workers.score_teacher import ScoreTeacher
 from workers.settings import DiversitySettings, TeacherSettings
 from workers.sharding import full_tensor, is_sharded, parameters_of, shard
+from workers.snapshots import RoleSnapshot
 
 NUM_ITERATIONS = 2
 BATCHES = ((0, 1), (2, 3))
@@ -50,23 +51,23 @@ FIRST_HALVES = ((0,), (2,))
 TOLERANCE = 1e-5
 RUNS: dict[str, dict[str, Any]] = {
     "shared": {"tracking": "shared"},
-    "fresh": {"tracking": "fresh"},
     "dmd2, mixed": {
         "tracking": "fresh",
         "objective": Dmd2Objective(fake_updates=2),
         "ida_decay": 0.5,
     },
-    "sid, diverse": {
+    "sid, diverse, offloaded, momentum": {
         "tracking": "fresh",
         "objective": SidObjective(fake_updates=1),
         "diversity": DiversitySettings(weight=1.0, teacher_steps=4, anchor_step=2),
+        "betas": (0.5, 0.999),
+        "offloaded": True,
     },
-    "offloaded, momentum": {"betas": (0.5, 0.999), "offloaded": True},
-    "adapters": {"tracking": "shared", "lora": LoraSettings(rank=4, alpha=8.0)},
+    "fresh, adapters": {"tracking": "fresh", "lora": LoraSettings(rank=4, alpha=8.0)},
 }
 EXTRAS = {"ida_decay": 1.0, "diversity": DiversitySettings(), "betas": (0.0, 0.999)}
 """What some of these runs have more than others, left out."""
-MEASURED = ("offloaded, momentum", "adapters")
+MEASURED = ("sid, diverse, offloaded, momentum", "fresh, adapters")
 FIRST_UPDATE_TOLERANCE = 5e-5
 """Adam's first update moves an entry by its rate, be its gradient nothing but rounding."""
 BF16 = ComputeSettings(precision="bf16")
@@ -105,6 +106,27 @@ def own_parts(roles: Roles) -> Weights:
 def brought_weights(roles: Roles) -> dict[str, Weights]:
     """All weights; what the test can put together is not gathered."""
     return {"average": roles.generator.final_weights(), "parts": own_parts(roles)}
+
+
+def own_state(generator: RoleSnapshot, fake_score: RoleSnapshot) -> Weights:
+    """This rank's rows of weights, moments and average of both learners: nothing is gathered."""
+    return {
+        f"{role}/{kind}/{name}": value
+        for role, snapshot in (("generator", generator), ("fake_score", fake_score))
+        for kind in ("weights", "moments", "average")
+        for name, value in getattr(snapshot, kind).items()
+    }
+
+
+def state_of(roles: Roles) -> Weights:
+    return own_state(roles.generator.snapshot(), roles.fake_score.snapshot())
+
+
+def weights_in(state: Weights) -> Weights:
+    """What `own_state` has of weights and average; a rank may have no row of a small one."""
+    return {
+        name: value for name, value in state.items() if "/moments/" not in name and value.numel()
+    }
 
 
 def put_together(ranks: list[dict[str, Any]]) -> None:
@@ -150,22 +172,23 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
         roles.fake_score.save(str(folder / name))
         # The first rank writes; in a run the controller waits for it.
         dist.barrier()
-        brought[f"resumed {name}"] = resumed_weights(folder / name, run)
+        brought[f"resumed {name}"] = resumed_state(folder / name, run)
         snapshots = roles.generator.snapshot(), roles.fake_score.snapshot()
         brought[f"snapshot bytes {name}"] = sum(part.num_bytes for part in snapshots)
+        brought[f"before {name}"] = own_state(*snapshots)
         iterate(roles, NUM_ITERATIONS, BATCHES)
-        brought[f"uninterrupted {name}"] = brought_weights(roles)
+        brought[f"uninterrupted {name}"] = state_of(roles)
         # A survivor stands in the middle of an iteration; a process that replaces another is new.
         gather(roles, NUM_ITERATIONS + 1, BATCHES[:1])
         for what, restored in (("survivor", roles), ("replaced", tiny_roles(**run))):
             restored.generator.restore(snapshots[0])
             restored.fake_score.restore(snapshots[1])
             iterate(restored, NUM_ITERATIONS, BATCHES)
-            brought[f"{what} {name}"] = brought_weights(restored)
+            brought[f"{what} {name}"] = state_of(restored)
     for name in MEASURED:
         brought[f"measured {name}"] = measured(RUNS[name])
     brought["fused"] = roles.generator._optimizer._adamw.param_groups[0]["fused"]
-    brought["from one rank"] = resumed_weights(folder / "one", RUNS["shared"])
+    brought["from one rank"] = resumed_state(folder / "one", RUNS["shared"])
     for name, factor in (("once", 1.0), ("thousandfold", 1000.0)):
         roles = tiny_roles("shared")
         gather(roles, 0, BATCHES, signal_factor=factor)
@@ -218,13 +241,13 @@ class GatheredBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def resumed_weights(folder: Path, run: dict[str, Any]) -> dict[str, Weights]:
-    """All weights one iteration after a resume."""
+def resumed_state(folder: Path, run: dict[str, Any]) -> Weights:
+    """This rank's state one iteration after a resume."""
     roles = tiny_roles(**run)
     roles.generator.load(str(folder))
     roles.fake_score.load(str(folder))
     iterate(roles, NUM_ITERATIONS, BATCHES)
-    return brought_weights(roles)
+    return state_of(roles)
 
 
 def whole_gradients(roles: Roles, role: str) -> Weights:
@@ -274,25 +297,31 @@ def test_two_ranks_make_the_weights_of_one(ranks, alone, name):
     assert_every_tensor_moves(alone[name], all_weights(tiny_roles(**run)))
     # The samples of the second rank, and what this run has more than a plain one.
     assert_moves(alone[name], weights_after(run, FIRST_HALVES), TOLERANCE)
-    if plain := {key: EXTRAS[key] for key in run.keys() & EXTRAS.keys()}:
-        assert_moves(alone[name], weights_after(run | plain), TOLERANCE)
+    for extra in run.keys() & EXTRAS.keys():
+        assert_moves(alone[name], weights_after(run | {extra: EXTRAS[extra]}), TOLERANCE)
     assert relative_error(ranks[0][f"final {name}"], alone[name]) < TOLERANCE
     assert not any(key.startswith("average") for key in ranks[1][f"final {name}"])
 
 
+def assert_goes_on(rank: dict[str, Any], name: str, tolerance: float = 0.0) -> None:
+    """The iteration after which states are compared moves the weights of a rank."""
+    after, before = (weights_in(rank[f"{when} {name}"]) for when in ("uninterrupted", "before"))
+    assert_moves(after, before, tolerance)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_two_resumed_ranks_go_on_bitwise(ranks, name):
-    resumed, uninterrupted = (ranks[0][f"{what} {name}"] for what in ("resumed", "uninterrupted"))
-    assert_moves(uninterrupted, ranks[0][f"final {name}"])
-    assert same_bits(resumed, uninterrupted)
+    for rank in ranks:
+        assert_goes_on(rank, name)
+        assert same_bits(rank[f"resumed {name}"], rank[f"uninterrupted {name}"])
 
 
 @pytest.mark.parametrize("whose", ["survivor", "replaced"])
 @pytest.mark.parametrize("name", RUNS)
 def test_restored_ranks_go_on_bitwise(ranks, name, whose):
-    uninterrupted = ranks[0][f"uninterrupted {name}"]
-    assert_moves(uninterrupted, ranks[0][f"final {name}"])
-    assert same_bits(ranks[0][f"{whose} {name}"], uninterrupted)
+    for rank in ranks:
+        assert_goes_on(rank, name)
+        assert same_bits(rank[f"{whose} {name}"], rank[f"uninterrupted {name}"])
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -319,8 +348,12 @@ def test_a_snapshot_holds_the_parts_of_one_rank(ranks):
 
 
 def test_a_checkpoint_of_one_rank_goes_on_with_two(ranks):
-    assert_moves(ranks[0]["uninterrupted shared"], ranks[0]["final shared"], TOLERANCE)
-    assert relative_error(ranks[0]["from one rank"], ranks[0]["uninterrupted shared"]) < TOLERANCE
+    for rank in ranks:
+        assert_goes_on(rank, "shared", TOLERANCE)
+        found, expected = (
+            weights_in(rank[key]) for key in ("from one rank", "uninterrupted shared")
+        )
+        assert relative_error(found, expected) < TOLERANCE
 
 
 @pytest.mark.usefixtures("ranks")
