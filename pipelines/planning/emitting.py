@@ -32,7 +32,6 @@ _DETAILS: dict[str, tuple[str, ...]] = {
     "dockerfile": ("image", "python"),
 }
 _FOLDERS = ("sgmd", "sgmd_core", "workers", "cluster", "pipelines", "assets")
-_GPUS_PER_MACHINE = 8
 _TIME = "24:00:00"
 _FORMS = {
     "time": (r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", "a time of Slurm, such as 08:00:00 or 1-12"),
@@ -72,7 +71,7 @@ def emit_manifest(
     if kind == "dockerfile":
         python = given.get("python", ".".join(platform.python_version_tuple()[:2]))
         return dockerfile(image, _FOLDERS, python, made_by)
-    limit = _whole(given, "gpus-per-machine", _GPUS_PER_MACHINE)
+    limit = _whole(given, "gpus-per-machine", plan.hardware.ranks_per_machine)
     request = DeploymentRequest(config, plan, limit, image, made_by, _nodes(given, plan))
     if kind in ("kuberay", "raycluster"):
         render = ray_job if kind == "kuberay" else ray_cluster

@@ -12,7 +12,7 @@ every pool. A pool's ranks work in step, so the simulator sees it as one process
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Self
@@ -28,6 +28,7 @@ from pipelines.planning.pool_maps import (
     FEW_MICRO_BATCHES,
     PoolMap,
     fused_map,
+    fused_maps,
     map_fits,
     map_memory,
     pool_maps,
@@ -41,7 +42,7 @@ from sgmd_core.errors import ConfigError
 
 ACCELERATOR = "ray.io/accelerator-type"
 """Label that Ray gives a machine by its GPUs."""
-_SIMULATED, _SIMULATED_LONG = 16, 2
+_SIMULATED, _SIMULATED_LONG, _SIMULATED_FUSED = 16, 2, 8
 AS_FAST = 1.005
 """Times that are taken for equal: then fewer GPUs and micro-batches in flight decide."""
 
@@ -136,16 +137,40 @@ class Layout:
 
 
 def fused_layout(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int) -> Layout:
-    """All three roles on every GPU that shortens the iteration, one sample a rank at a time."""
-    one = fused_map(work, num_gpus)
-    settings = {
-        "topology.mode": "fused",
+    """The fastest layout with all three roles on every GPU that is used.
+
+    Of equally fast ones it is that of the fewest GPUs and the fewest samples in a call. Where none
+    fits, it is the one that takes the least memory.
+
+    Args:
+        work: The iteration.
+        times: Of its stages.
+        hardware: What it runs on.
+        num_gpus: For the three roles.
+    """
+    maps = fused_maps(work, num_gpus) or [fused_map(work, num_gpus)]
+    least_s = _least_s_by(work, times, hardware)
+    # Of small networks the calls decide.
+    ordered = sorted(maps, key=lambda one: least_s(one) + one.micro_batches * hardware.call_s)
+    fitting = (one for one in ordered if map_fits(work, hardware, one))
+    tried = [*islice(fitting, _SIMULATED_FUSED)]
+    # One sample a rank and call takes the least memory.
+    tried += [one for one in maps[:1] if one not in tried and map_fits(work, hardware, one)]
+    tried = tried or [min(maps, key=lambda one: map_memory(work, one)[FUSED].total)]
+    found = [_simulated(FUSED, work, times, hardware, one, _fused_settings(one)) for one in tried]
+    fastest_s = min(one.iteration_s for one in found)
+    equal = [one for one in found if one.iteration_s <= AS_FAST * fastest_s]
+    return min(equal, key=lambda one: (one.num_gpus, -one.settings["batch.micro_batches"]))
+
+
+def _fused_settings(one: PoolMap) -> dict[str, Any]:
+    return {
+        "topology.mode": FUSED,
         "topology.fused.ranks": one.ranks[FUSED],
         "topology.fused.gpus": 1,
         "batch.micro_batches": one.micro_batches,
         "topology.depth": 1,
     }
-    return _simulated("fused", work, times, hardware, one, settings)
 
 
 def map_layout(
@@ -164,9 +189,8 @@ def map_layout(
         num_gpus: For the three roles.
         below_s: Pools whose work alone takes so long are left out.
     """
-    candidates = (
-        one for one in pool_maps(work, num_gpus) if _work_s(work, times, hardware, one) < below_s
-    )
+    least_s = _least_s_by(work, times, hardware)
+    candidates = (one for one in pool_maps(work, num_gpus) if least_s(one) < below_s)
     return fastest_map(work, times, hardware, candidates)
 
 
@@ -174,7 +198,10 @@ def fastest_map(
     work: Workload, times: StageTimes, hardware: Hardware, candidates: Iterable[PoolMap]
 ) -> Layout | None:
     """The fastest of some maps, of equally fast ones the smallest; None if nothing fits."""
-    ordered = sorted(candidates, key=lambda one: _bound_s(work, times, hardware, one))
+    least_s = _least_s_by(work, times, hardware)
+    ordered = sorted(
+        candidates, key=lambda one: least_s(one) + _start_s(work, times, hardware, one)
+    )
     few = (one for one in ordered if one.micro_batches <= FEW_MICRO_BATCHES)
     many = (one for one in ordered if one.micro_batches > FEW_MICRO_BATCHES)
     fitting: list[PoolMap] = []
@@ -298,7 +325,9 @@ def _simulated(
         )
         for pool, ranks in one.ranks.items()
     }
-    fits = all(part.fits(one.hardware_of(pool, hardware)) for pool, part in memory.items())
+    fits = one.shares_out(work) and all(
+        part.fits(one.hardware_of(pool, hardware)) for pool, part in memory.items()
+    )
     return Layout(name, timeline.iteration_s, pools, settings, max(gathered.values()), fits)
 
 
@@ -402,34 +431,56 @@ def _gathered_bytes(
     )
 
 
-def _bound_s(work: Workload, times: StageTimes, hardware: Hardware, one: PoolMap) -> float:
-    """About what an iteration takes: the pools' work and a start."""
+def _start_s(work: Workload, times: StageTimes, hardware: Hardware, one: PoolMap) -> float:
+    """About how long a pool without the generator has nothing to do: during the first rollout."""
     # Where the generator makes no samples, the teacher starts at once, at data.
     rollout_s = times.seconds.get((GENERATOR, ROLLOUT.name), 0.0)
     (learn,) = one.places[GENERATOR]
-    size = max(split_evenly(work.batch_size, one.micro_batches))
+    size = -(-work.batch_size // one.micro_batches)
     first = work.samples_of_a_rank(GENERATOR, size, one.ranks[learn])
-    first_s = rollout_s * first / one.speed_of(learn, hardware)
-    return _work_s(work, times, hardware, one) + first_s
+    return rollout_s * first / one.speed_of(learn, hardware)
 
 
-def _work_s(work: Workload, times: StageTimes, hardware: Hardware, one: PoolMap) -> float:
-    """The least that an iteration takes: the pools' work, with the teacher's shared out."""
-    sizes = split_evenly(work.batch_size, one.micro_batches)
-    own: dict[str, float] = dict.fromkeys(one.places, 0.0)
-    for name, seconds in times.seconds.items():
-        own[name[0]] += seconds * work.updates_with(name)
+def _least_s_by(
+    work: Workload, times: StageTimes, hardware: Hardware
+) -> Callable[[PoolMap], float]:
+    """The least that an iteration of a map takes: the pools' work, with the teacher's shared out.
 
-    def busy_s(pool: str, role: str) -> float:
-        rounds = sum(work.samples_of_a_rank(role, size, one.ranks[pool]) for size in sizes)
-        return own[role] * rounds / one.speed_of(pool, hardware)
+    A call takes as long as its samples, or as gathering the weights for it.
+    """
+    gathered = gathered_bytes(work)
+    stages = {role: [name for name in times.seconds if name[0] == role] for role in work.roles}
 
-    load = {
-        pool: sum(busy_s(pool, role) for role in one.roles_on(pool) if role != TEACHER)
-        for pool in one.ranks
-    }
-    shared_s = shared_out((load[pool], busy_s(pool, TEACHER)) for pool in one.places[TEACHER])
-    return max(shared_s, *load.values())
+    def busy_s(one: PoolMap, pool: str, role: str) -> float:
+        ranks, own = one.ranks[pool], one.hardware_of(pool, hardware)
+        speed = one.speed_of(pool, hardware)
+        fewest, larger = divmod(work.batch_size, one.micro_batches)
+        rounds = [
+            (number, work.samples_of_a_rank(role, size, ranks))
+            for size, number in ((fewest + 1, larger), (fewest, one.micro_batches - larger))
+            if number
+        ]
+        return sum(
+            work.updates_with(name)
+            * sum(
+                number
+                * max(times.seconds[name] * samples / speed, own.gather_s(gathered[name], ranks))
+                for number, samples in rounds
+            )
+            for name in stages[role]
+        )
+
+    def least_s(one: PoolMap) -> float:
+        load = {
+            pool: sum(busy_s(one, pool, role) for role in one.roles_on(pool) if role != TEACHER)
+            for pool in one.ranks
+        }
+        shared_s = shared_out(
+            (load[pool], busy_s(one, pool, TEACHER)) for pool in one.places[TEACHER]
+        )
+        return max(shared_s, *load.values())
+
+    return least_s
 
 
 def shared_out(pools: Iterable[tuple[float, float]]) -> float:

@@ -3,6 +3,7 @@
     two pools     learn on one kind | score on another             teacher on either or both
     and a spare   learn | score, both on one kind                  teacher also, or only, on another
     all and spare generator and fake score together on one kind    teacher also, or only, on another
+    three pools   learn on one kind | score on another             teacher also, or only, on a third
 
 Generator and fake score work in step with all their ranks, so a pool has one kind of GPU. Copies of
 the teacher are independent: each takes as many calls as its GPUs can make. One kind alone is
@@ -30,6 +31,8 @@ from sgmd_core.errors import ConfigError
 
 SPARE = "spare"
 """Pool of a teacher alone."""
+_MOST_TRIED = 2
+"""Numbers of ranks of each learner that are tried on three kinds, the largest ones."""
 
 
 def mixed_layouts(work: Workload, times: StageTimes, kinds: Sequence[GpuKind]) -> list[Layout]:
@@ -78,6 +81,27 @@ def mixed_maps(work: Workload, kinds: Sequence[GpuKind]) -> Iterator[PoolMap]:
                         micro_batches,
                         kind,
                     )
+    for three in permutations(kinds, 3):
+        yield from _on_three(work, three)
+
+
+def _on_three(work: Workload, kinds: Sequence[GpuKind]) -> Iterator[PoolMap]:
+    """Candidates with a pool on each of three kinds: as many ranks as have samples."""
+    pools = (LEARN, SCORE, SPARE)
+    for micro_batches, wanted in ranks_wanted(work.batch_size):
+        # Fewer ranks would be slower: other than of two kinds, there are too many to try them.
+        most = [[one for one in wanted if one <= kind.num_gpus][-_MOST_TRIED:] for kind in kinds]
+        for numbers in product(*most[:2], most[2][-1:]):
+            for beside in ((), (LEARN,), (SCORE,), (LEARN, SCORE)):
+                yield from _placed(
+                    work,
+                    dict(zip(pools, numbers, strict=True)),
+                    LEARN,
+                    SCORE,
+                    (*beside, SPARE),
+                    micro_batches,
+                    dict(zip(pools, kinds, strict=True)),
+                )
 
 
 def _of_learners(work: Workload, wanted: Sequence[int], num_gpus: int) -> Iterator[dict[str, int]]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.topology import FUSED
 from pipelines.planning.hardware import GB, GpuKind, Hardware
 from pipelines.planning.layouts import Layout, fused_layout, map_layout, pools_layout
 from pipelines.planning.memory import RankMemory
@@ -13,6 +14,7 @@ from pipelines.planning.mixed import mixed_layouts
 from pipelines.planning.pool_maps import (
     LEARN,
     SCORE,
+    fused_maps,
     fused_memory,
     map_memory,
     pool_maps,
@@ -24,7 +26,7 @@ from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from sgmd_core.words import count_in_words
 
-_LEAST_GPUS = {"map": 2, "pools": len(ROLES)}
+_LEAST_GPUS = {"map": 2, "pools": len(ROLES), FUSED: 1}
 _MOST_GPUS = 8192
 _MOST_MEMORY_GB = 1024
 
@@ -170,6 +172,8 @@ def best_layouts(
 ) -> list[Layout]:
     """The fastest layout of each kind, those that fit first: of pools, where some fit.
 
+    Fused is among them where its ranks can share samples out, or where there is nothing else.
+
     Args:
         work: The iteration.
         times: Of its stages.
@@ -178,11 +182,12 @@ def best_layouts(
         below_s: Pools whose work alone takes so long are not looked at.
     """
     given = (work, times, hardware, num_gpus)
-    found = [fused_layout(*given)]
+    found = [fused_layout(*given)] if fused_maps(work, num_gpus) else []
     if num_gpus >= _LEAST_GPUS["map"] and (mapped := map_layout(*given, below_s)):
         found.append(mapped)
     if num_gpus >= _LEAST_GPUS["pools"] and (classic := find_best(*given, below_s)):
         found.append(pools_layout(work, classic))
+    found = found or [fused_layout(*given)]
     return sorted(found, key=lambda layout: (not layout.fits, layout.iteration_s))
 
 
@@ -224,6 +229,8 @@ def _reason(name: str, least: int, work: Workload, num_gpus: int) -> str:
     """Says why a kind of layout is not planned."""
     if name == "pools" and work.heads is not None:
         return "not planned for a method with a discriminator"
+    if name == FUSED:
+        return "leaves ranks without samples of their own, as compute.ulysses of the roles differs"
     if name == "pools" and work.ulysses:
         return "not planned with compute.ulysses"
     if num_gpus < least:
@@ -256,6 +263,14 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
     gpus = count_in_words(num_gpus, "GPU")
     attempted = f"planning for {gpus} of {hardware.memory_gb:g} GB"
     roomy = replace(hardware, host_memory_gb=math.inf)
+    if not run_fits(work, replace(roomy, memory_gb=math.inf, spare_share=0.0), num_gpus):
+        return ConfigError(
+            attempted,
+            f"in no layout does every rank get samples: batch.size is {work.batch_size}, and "
+            f"compute.ulysses {', '.join(f'{role} {number}' for role, number in work.ulysses)}",
+            "samples for the ranks of each role",
+            "Raise batch.size, or give every role the same compute.ulysses",
+        )
     if run_fits(work, roomy, num_gpus):
         return ConfigError(
             attempted,
@@ -264,7 +279,8 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
             f"at most {hardware.host_memory_gb:g} GB of main memory beside each GPU",
             "Raise --host-memory if the machines have more, or take more GPUs to share states out",
         )
-    usable = hardware.usable_bytes / GB
+    # Of the smallest GPUs CUDA alone takes more than there is.
+    usable = max(0.0, hardware.usable_bytes / GB)
     remedies = list(_remedies(work, hardware, num_gpus))
     return ConfigError(
         attempted,

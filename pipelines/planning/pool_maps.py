@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain, product
 
 from cluster.schedule.dealing import MOST_KEPT
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
@@ -55,6 +55,14 @@ class PoolMap:
         """Speed of a pool's GPUs over that of `hardware`, for which stages were timed."""
         return self.hardware_of(pool, hardware).flops / hardware.flops
 
+    def shares_out(self, work: Workload) -> bool:
+        """Returns True if each rank gets samples of a micro-batch, as a recipe has to have it."""
+        size = -(-work.batch_size // self.micro_batches)
+        return all(
+            ranks <= size * min(work.company(role) for role in self.roles_on(pool))
+            for pool, ranks in self.ranks.items()
+        )
+
 
 def ranks_wanted(batch_size: int) -> Iterator[tuple[int, list[int]]]:
     """Numbers of micro-batches, and the ranks that the samples of one want.
@@ -104,7 +112,7 @@ def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
                 for beside in ({},) if work.heads is None else _judges():
                     ranks = {LEARN: learn, SCORE: score}
                     one = PoolMap(ranks, {**places, **beside}, micro_batches)
-                    if all(
+                    if one.shares_out(work) and all(
                         number % work.company(*one.roles_on(pool)) == 0
                         for pool, number in ranks.items()
                     ):
@@ -116,9 +124,31 @@ def _judges() -> tuple[dict[str, tuple[str, ...]], ...]:
     return {DISCRIMINATOR: (SCORE,)}, {DISCRIMINATOR: (LEARN,)}
 
 
-def fused_memory(work: Workload, num_gpus: int) -> RankMemory:
-    """Memory of a rank of all three roles."""
-    return map_memory(work, fused_map(work, num_gpus))[FUSED]
+def fused_maps(work: Workload, num_gpus: int) -> list[PoolMap]:
+    """All three roles on some GPUs: `fused_map`, and those with more samples a rank and call.
+
+    More samples in a call gather the weights less often, fewer ranks may all be on one machine;
+    both gain where gathering takes longer than computing. Empty where samples cannot be shared out.
+    """
+    company = work.company(*work.roles)
+    parties = max(1, num_gpus // company)
+    found = [fused_map(work, num_gpus)]
+    for share in range(1, _MOST_SAMPLES + 1):
+        micro_batches = -(-work.batch_size // (parties * share))
+        size = -(-work.batch_size // micro_batches)
+        found.append(_fused(work, company * -(-size // share), micro_batches))
+    found += [
+        _fused(work, company * one, micro_batches)
+        for micro_batches, wanted in ranks_wanted(work.batch_size)
+        for one in wanted
+        if one <= parties
+    ]
+    each = {(one.ranks[FUSED], one.micro_batches): one for one in found}
+    return [
+        one
+        for (ranks, micro_batches), one in each.items()
+        if one.shares_out(work) and work.suits(micro_batches, ranks)
+    ]
 
 
 def fused_map(work: Workload, num_gpus: int) -> PoolMap:
@@ -134,7 +164,17 @@ def fused_map(work: Workload, num_gpus: int) -> PoolMap:
         pairs = max(1, work.batch_size // 2)
         parties = max(n for n in range(1, max(1, num_gpus // company) + 1) if pairs % n == 0)
         ranks, most = company * parties, pairs // parties
-    return PoolMap({FUSED: ranks}, dict.fromkeys(work.roles, (FUSED,)), most)
+    return _fused(work, ranks, most)
+
+
+def _fused(work: Workload, ranks: int, micro_batches: int) -> PoolMap:
+    return PoolMap({FUSED: ranks}, dict.fromkeys(work.roles, (FUSED,)), micro_batches)
+
+
+def fused_memory(work: Workload, num_gpus: int) -> RankMemory:
+    """Memory of a rank of all three roles, of those of `fused_maps` that which takes the least."""
+    maps = fused_maps(work, num_gpus) or [fused_map(work, num_gpus)]
+    return min((map_memory(work, one)[FUSED] for one in maps), key=lambda memory: memory.total)
 
 
 def map_memory(work: Workload, one: PoolMap) -> dict[str, RankMemory]:
@@ -179,8 +219,9 @@ def together(parts: Sequence[RankMemory]) -> RankMemory:
 
 def any_layout_fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
     """Returns True if two pools, or all roles together, fit; classic pools are not looked at."""
-    return map_fits(work, hardware, fused_map(work, num_gpus)) or any(
-        map_fits(work, hardware, other) for other in pool_maps(work, num_gpus)
+    return any(
+        map_fits(work, hardware, one)
+        for one in chain(fused_maps(work, num_gpus), pool_maps(work, num_gpus))
     )
 
 

@@ -9,7 +9,7 @@ faster: that changes no time and keeps a plan for a thousand GPUs as quick as on
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -111,12 +111,13 @@ def find_best(
         num_gpus: For the three roles together, at least 3.
         below_s: Splits in which one role's work takes so long are left out.
     """
+    work_s = _work_s_by(work, times, hardware)
     fitting = [
         split
         for split in candidates(work, num_gpus)
-        if max(_work_s(work, times, split).values()) < below_s and _fits(work, hardware, split)
+        if max(work_s(split, work.batch_size).values()) < below_s and _fits(work, hardware, split)
     ]
-    fitting.sort(key=lambda split: _bound_s(work, times, split))
+    fitting.sort(key=lambda split: _bound_s(work, times, split, work_s))
     found = [
         predict(work, times, hardware, deeper)
         for split in fitting[:_SIMULATED]
@@ -143,9 +144,10 @@ def find_batch(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: 
     if work.heads is not None or work.ulysses or work.paired:
         return work.batch_size
     best: tuple[float, int] = (float("inf"), work.batch_size)
+    work_s = _work_s_by(work, times, hardware)
     for split, size in _free_splits(work.batch_size, num_gpus):
         sized = replace(work, batch_size=size)
-        per_sample_s = _bound_s(sized, times, split) / size
+        per_sample_s = _bound_s(sized, times, split, work_s) / size
         if per_sample_s < 0.999 * best[0] and _fits(sized, hardware, replace(split, depth=2)):
             best = (per_sample_s, size)
     return best[1]
@@ -269,10 +271,15 @@ def _costs(
     return hardware.costs(seconds, bytes_of)
 
 
-def _bound_s(work: Workload, times: StageTimes, split: PoolSplit) -> float:
+def _bound_s(
+    work: Workload,
+    times: StageTimes,
+    split: PoolSplit,
+    work_s: Callable[[PoolSplit, int], dict[str, float]],
+) -> float:
     """About what an iteration takes: the busiest role, and what the others do before and after."""
     samples = work.batch_size // split.micro_batches
-    own = _work_s(work, times, split)
+    own = work_s(split, work.batch_size)
     one = {role: 0.0 for role in ROLES}
     for (role, stage), seconds in times.seconds.items():
         if STAGES[role, stage] not in (SAMPLE, TRACK):
@@ -281,13 +288,27 @@ def _bound_s(work: Workload, times: StageTimes, split: PoolSplit) -> float:
     return max(own[role] + sum(one.values()) - one[role] for role in ROLES)
 
 
-def _work_s(work: Workload, times: StageTimes, split: PoolSplit) -> dict[str, float]:
-    """Seconds that each role works in an iteration."""
-    own = {role: 0.0 for role in ROLES}
-    for name, seconds in times.seconds.items():
-        whole_s = seconds * work.batch_size * work.updates_with(name)
-        own[name[0]] += whole_s / split.teams[name[0]].size
-    return own
+def _work_s_by(
+    work: Workload, times: StageTimes, hardware: Hardware
+) -> Callable[[PoolSplit, int], dict[str, float]]:
+    """Seconds that each role works in an iteration of a split and a batch of some samples.
+
+    A call takes as long as its samples, or as gathering the weights for it.
+    """
+    gathered = gathered_bytes(work)
+
+    def work_s(split: PoolSplit, batch_size: int) -> dict[str, float]:
+        own = {role: 0.0 for role in ROLES}
+        for name, seconds in times.seconds.items():
+            team = split.teams[name[0]]
+            spent_s = seconds * batch_size / team.size
+            if team.replicas == 1:
+                gather_s = hardware.gather_s(gathered[name], team.ranks)
+                spent_s = max(spent_s, split.micro_batches * gather_s)
+            own[name[0]] += spent_s * work.updates_with(name)
+        return own
+
+    return work_s
 
 
 def _fits(work: Workload, hardware: Hardware, split: PoolSplit) -> bool:

@@ -98,9 +98,9 @@ def require_on_disk(folder: str | Path, setting: str) -> None:
     Raises:
         ConfigError: It is an address.
     """
-    if store_address(folder):
+    if address := store_address(folder):
         raise ConfigError(
-            f"writing to {without_secrets(str(folder))} ({setting})",
+            f"writing to {without_secrets(address)} ({setting})",
             "an address of an object store",
             "a folder on a disk that every process of the command reaches",
             "Write to a disk, and copy it to the address afterwards",

@@ -86,6 +86,14 @@ def test_a_machine_has_no_more_gpus_than_there_are_in_one():
     assert all(gpus_of(group) // group.get("replicas", 1) <= 4 for group in groups.values())
 
 
+def test_machines_have_the_gpus_that_the_plan_was_told_of():
+    config, plan = planned(17)
+    odd = replace(plan, hardware=replace(plan.hardware, ranks_per_machine=3))
+    for details, number in (([], 3), (["gpus-per-machine=5"], 5)):
+        text = emit_manifest("slurm", config, odd, details, "sgmd plan ...")
+        assert f"#SBATCH --gpus-per-node={number}\n" in text
+
+
 def test_equal_machines_hold_all_gpus():
     text = emitted("slurm", 17, "time=04:00:00")
     assert "#SBATCH --nodes=3\n#SBATCH --ntasks-per-node=1\n" in text

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 
 from pipelines.config.recipe import load_recipe
+from pipelines.config.roles import FAKE_SCORE, TEACHER
 from pipelines.planning.hardware import GpuKind, Hardware, parse_kinds
-from pipelines.planning.layouts import AS_FAST, shared_out
-from pipelines.planning.mixed import mixed_layouts, mixed_maps
+from pipelines.planning.layouts import AS_FAST, fastest_map, shared_out
+from pipelines.planning.mixed import SPARE, mixed_layouts, mixed_maps
 from pipelines.planning.plan import make_mixed_plan, make_plan
+from pipelines.planning.pool_maps import LEARN
 from pipelines.planning.stage_times import modelled
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
@@ -77,6 +79,32 @@ def test_more_gpus_of_another_kind_help_within_what_they_can_do(slower):
         assert pool.speed == pytest.approx(kind.hardware.flops / 229e12)
 
 
+def test_the_teacher_gets_a_third_kind_beside_those_of_the_learners():
+    several = kinds("a=4x80@229", "b=4x80@200", "c=4x80@180")
+    times = modelled(WORK, several[0].hardware)
+    maps = [
+        one
+        for one in mixed_maps(WORK, several)
+        if one.micro_batches == 4
+        and set(one.ranks.values()) == {4}
+        and [one.kinds[pool].name for pool in (LEARN, one.places[FAKE_SCORE][0])] == ["b", "a"]
+    ]
+    number_of = {id(one): len({kind.name for kind in one.kinds.values()}) for one in maps}
+    best = {
+        number: fastest_map(
+            WORK, times, several[0].hardware, [one for one in maps if number_of[id(one)] == number]
+        )
+        for number in (2, 3)
+    }
+    assert best[3].iteration_s < 0.98 * best[2].iteration_s
+    assert best[3].pools[SPARE].roles == (TEACHER,)
+    assert {pool.kind for pool in best[3].pools.values()} == {"a", "b", "c"}
+    # Every use of the teacher beside the pool of its own.
+    assert len({one.places[TEACHER] for one in maps if number_of[id(one)] == 3}) == 4
+    config = load_recipe("wan21-1.3b", ["batch={size: 16, micro_batches: 4}"])
+    assert len(config.with_settings(best[3].settings).topology.pools) == 3
+
+
 @pytest.mark.slow
 def test_gpus_that_hold_nothing_are_left_out():
     plan = planned("H100=8x80@229", "T4=8x8@10")
@@ -84,8 +112,11 @@ def test_gpus_that_hold_nothing_are_left_out():
     assert {pool.kind for pool in plan.best.pools.values()} == {"H100"}
 
 
-def test_no_pool_has_more_ranks_than_its_kind_has_gpus():
-    several = kinds("a=3x80@229", "b=5x48@80")
+@pytest.mark.parametrize(
+    "texts", [("a=3x80@229", "b=5x48@80"), ("a=3x80@9", "b=5x48@8", "c=1x9@7")]
+)
+def test_no_pool_has_more_ranks_than_its_kind_has_gpus(texts):
+    several = kinds(*texts)
     counts = {kind.name: kind.num_gpus for kind in several}
     maps = list(mixed_maps(WORK, several))
     assert len(maps) > 1000
@@ -93,7 +124,8 @@ def test_no_pool_has_more_ranks_than_its_kind_has_gpus():
         used = dict.fromkeys(counts, 0)
         for pool, ranks in one.ranks.items():
             used[one.kinds[pool].name] += ranks
-        assert all(0 < used[name] <= counts[name] for name in counts)
+        assert sum(number > 0 for number in used.values()) >= 2
+        assert all(used[name] <= counts[name] for name in counts)
 
 
 def test_more_gpus_than_samples_leave_no_layout_out():
