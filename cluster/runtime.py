@@ -45,9 +45,14 @@ _log = logging.getLogger(__name__)
 
 _GRACE_S = 10.0
 _RAYLET_LOOK_EVERY_S, _GCS_PROBE_EVERY_S = 0.5, 3.0
-_SYSTEM_SETTINGS = {"task_events_max_num_task_in_gcs": 10_000}
+_SYSTEM_SETTINGS = {
+    "task_events_max_num_task_in_gcs": 10_000,
+    "prestart_worker_first_driver": False,
+}
 """Settings of Ray in a new cluster. Its control service remembers the last 100,000 calls by
-default, 250 MB of them, for its dashboard, which a new cluster does not have."""
+default, 250 MB of them, for its dashboard, which a new cluster does not have. And it would start a
+worker a core before anyone asks for one: a second of a core each, for ever unused beyond those that
+a run needs."""
 _NO_HANDLER_IN_C = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
@@ -214,7 +219,7 @@ def _start_local(
             return
 
 
-def _system_settings() -> dict[str, int]:
+def _system_settings() -> dict[str, int | bool]:
     """Our settings of Ray, except for those that the environment sets."""
     return {
         name: value for name, value in _SYSTEM_SETTINGS.items() if f"RAY_{name}" not in os.environ
