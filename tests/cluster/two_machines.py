@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private.node import Node
 from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_list
 
@@ -41,6 +42,10 @@ LIGHT = 0.5
 # By default a machine whose raylet has ended counts as lost after 14 s; a frozen one still does not
 # before the watch has ended its raylet.
 HEALTH_CHECK = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+# Workers are started when they are asked for, and not a core one before.
+SYSTEM = {**HEALTH_CHECK, "prestart_worker_first_driver": False}
+# Nobody reads what these processes of the head would tell.
+UNUSED = ("start_api_server", "start_monitor", "start_log_monitor")
 SILENCE_S = 5.0
 
 
@@ -249,6 +254,12 @@ def main() -> None:
     sys.stdout.write(json.dumps(found) + "\n")
 
 
+def leave_out_unused(patch: pytest.MonkeyPatch) -> None:
+    """Has the machines that are added next start nothing that is not looked at."""
+    for name in UNUSED:
+        patch.setattr(Node, name, lambda *_arguments, **_options: None)
+
+
 @contextmanager
 def two_machines(
     modules: Sequence[str] = MODULES,
@@ -259,7 +270,7 @@ def two_machines(
         modules: What their workers are forked with.
     """
     node = {"num_cpus": CPUS, "object_store_memory": 100 * 2**20}
-    head = {**node, "labels": {"side": "left"}, "_system_config": HEALTH_CHECK}
+    head = {**node, "labels": {"side": "left"}, "_system_config": SYSTEM}
     with serve_forks(modules) as python:
         cluster = Cluster()
 
@@ -267,6 +278,7 @@ def two_machines(
             with pytest.MonkeyPatch.context() as patch:
                 # Ray writes it into the commands that its raylets start workers by.
                 patch.setattr(sys, "executable", str(python))
+                leave_out_unused(patch)
                 return cluster.add_node(**{**node, **settings})
 
         add(**head)

@@ -18,7 +18,7 @@ from cluster.ray.topology import reserve
 from cluster.runtime import start_ray
 from pipelines.doctoring.examine import examine
 from tests.cluster.toys import WAIT_S
-from tests.cluster.two_machines import CPUS, two_machines
+from tests.cluster.two_machines import CPUS, leave_out_unused, two_machines
 
 ROOT = Path(__file__).parents[3]
 OLD = ("ftfy-0.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: ftfy\nVersion: 0.1\n")
@@ -40,6 +40,7 @@ def main() -> None:
         with pytest.MonkeyPatch.context() as patch:
             # What these import is what counts.
             patch.setattr(sys, "executable", sys.argv[1])
+            leave_out_unused(patch)
             cluster.add_node(**free, env_vars=with_file(folder / "old", *OLD))
             cluster.add_node(**free, env_vars=with_file(folder / "bare", *NO_TORCH))
         with start_ray(cluster.address), reserve([Pool("all", 2 * CPUS)], WAIT_S):
