@@ -286,12 +286,22 @@ def ride(run: StormyRun, server: Server) -> Ride:
     return ridden
 
 
-def measure(faults: Mapping[int, str], num_machines: int, folder: Path) -> dict[str, Any]:
-    """Makes all runs below a folder, and compares them."""
+def measure(
+    faults: Mapping[int, str], num_machines: int, folder: Path, calm_settings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Makes all runs below a folder, and compares them.
+
+    Args:
+        faults: Those of the run on one machine: kind by iteration.
+        num_machines: Losses of a second machine.
+        folder: Place of the runs.
+        calm_settings: What the calm run has otherwise than the stormy ones.
+    """
     lost = {FIRST + 2 * EVERY * number: MACHINE for number in range(num_machines)}
     named = {"pools": faults, "machines": lost}
     runs = [run_of(folder, name, given) for name, given in named.items() if given]
-    calm = StormyRun(str(folder / "calm"), "calm", max(run.num_iterations for run in runs), {})
+    longest = max(run.num_iterations for run in runs)
+    calm = StormyRun(str(folder / "calm"), "calm", longest, {}, calm_settings)
     server = Server(folder / "s3")
     write_clips(folder / "s3")
     server.start()
