@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from cluster.background import in_background
 from cluster.errors import RayStartError
 from cluster.procfs import born, is_running, process_state, raylet_of
 from cluster.ray.fork_server import has_gpus, serve_forks
+from cluster.storage_errors import room_at
 from cluster.tokens import (
     PROBE_TIMEOUT_S,
     asked_with,
@@ -386,9 +388,10 @@ def _is_loopback_alone(host: str, port: int) -> bool:
 def _start_error(target: str, error: Exception, *, from_environment: bool) -> RayStartError:
     cause = f"{type(error).__name__}: {error}"
     if target == "local":
+        room = room_at(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
         return RayStartError(
             "starting Ray on this machine",
-            cause,
+            f"{cause.rstrip('.')} ({room})" if room else cause,
             "free memory, a writable temporary folder with a short path, and /dev/shm",
             "Run `sgmd doctor` to see which is missing, or choose the local topology, which needs"
             " no Ray",

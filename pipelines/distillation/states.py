@@ -410,6 +410,11 @@ class States:
     def last_good(self) -> str:
         """Says which state the run can be taken up at; waits a while for one being written."""
         self.give_up()
+        if not self._folder.config.exists():
+            return (
+                f"The files of {self._folder} are gone, deleted, moved or unmounted: put them back"
+                f" and go on with --resume {self._folder}, or start the run again."
+            )
         try:
             latest = self._checkpoints.latest()
         except StorageError as error:

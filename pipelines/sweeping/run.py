@@ -7,9 +7,11 @@ first one for its controller; with the local topology it is one process. Trials 
 the same order and are measured on the same captions and seeds.
 """
 
+import logging
 import os
 import secrets
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -116,6 +118,10 @@ def sweep(
     # Tune copies keys into the description of each trial's process, which Ray logs.
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_KEYS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # What they say there of failed trials, stops and populations is said in other words, or idle.
+    logging.getLogger(tune.run.__module__).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "Consider boosting PBT performance")
+    warnings.filterwarnings("ignore", module=r"sklearn\.gaussian_process")
     require_output_folder(config.output, "output")
     observer = observer or RunObserver()
     with working_copy(sweep_place(config), ELSEWHERE):

@@ -1,5 +1,6 @@
 """States of a run that are being saved while something goes wrong: kept whole, or lost and said."""
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -87,6 +88,12 @@ def test_a_state_is_committed_after_a_stop_that_broke_off_the_wait_for_it(
     assert world.checkpoints.latest() is None
     assert "step-000001" in world.states.last_good()
     assert load_role(world.checkpoints.folder(1), "generator").updates == 1
+
+
+def test_a_run_whose_files_are_gone_is_not_told_to_go_on_from_nothing(world: World) -> None:
+    assert "No state was saved" in world.states.last_good()
+    shutil.rmtree(world.folder.root)
+    assert f"The files of {world.folder} are gone" in world.states.last_good()
 
 
 def test_a_repair_keeps_the_save_of_processes_that_live(

@@ -1,5 +1,8 @@
 """TensorBoard's files, read back as TensorBoard reads them."""
 
+import logging
+import resource
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,3 +106,25 @@ def test_a_run_without_it_has_no_files(tmp_path: Path):
     with open_tensorboard(False, tmp_path) as board:
         board.iteration(ITERATION)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_take_no_more_do_not_hide_the_error_of_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            caplog.at_level(logging.WARNING),
+            pytest.raises(ValueError, match="the run's own"),
+            open_tensorboard(True, tmp_path) as board,
+        ):
+            # The thread of a writer flushes its first line at once, and the next one later.
+            while not all(path.stat().st_size for path in tmp_path.rglob("events.out*")):
+                time.sleep(0.01)
+            # The system refuses to make any file of this process longer, as a full disk does.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+            board.iteration(ITERATION)
+            raise ValueError("the run's own")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "tensorboard was not written: [Errno 27]" in caplog.text
