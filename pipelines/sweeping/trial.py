@@ -248,11 +248,12 @@ def _distill(
         )
     lines = read_jsonl(folder.validation)
     if not lines or lines[-1]["iteration"] < config.iterations:
+        problem = read_json(str(folder.summary)).get("validation_problem")
         raise SgmdError(
             f"measuring the trial {name}",
-            "its last validation is missing",
+            "its last validation is missing" + (f". {problem}" if problem else ""),
             "a validation after the last iteration",
-            f"Its warnings stand in the log of the trial; see {folder}",
+            f"Its warnings are in {folder}/{folder.log.name}",
         )
     reporter.report(lines[-1])
 

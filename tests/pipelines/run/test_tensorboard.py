@@ -2,7 +2,6 @@
 
 import logging
 import resource
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,19 +111,17 @@ def test_files_that_take_no_more_do_not_hide_the_error_of_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        with (
-            caplog.at_level(logging.WARNING),
-            pytest.raises(ValueError, match="the run's own"),
-            open_tensorboard(True, tmp_path) as board,
-        ):
-            # The thread of a writer flushes its first line at once, and the next one later.
-            while not all(path.stat().st_size for path in tmp_path.rglob("events.out*")):
-                time.sleep(0.01)
+
+    def broken_run() -> None:
+        with open_tensorboard(True, tmp_path) as board:
             # The system refuses to make any file of this process longer, as a full disk does.
             resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
             board.iteration(ITERATION)
             raise ValueError("the run's own")
+
+    try:
+        with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="the run's own"):
+            broken_run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "tensorboard was not written: [Errno 27]" in caplog.text

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
@@ -12,6 +13,7 @@ from cluster.lease import hold
 from cluster.storage import read_json, write_json
 from cluster.stores import store_address
 from pipelines.config.recipe import load_recipe
+from pipelines.run.folder import RunFolder
 from pipelines.run.opened_copy import working_copy
 from pipelines.sweeping.trial import (
     ERROR_FILE,
@@ -20,6 +22,7 @@ from pipelines.sweeping.trial import (
     once_free,
     run_in_folder,
 )
+from sgmd_core.errors import SgmdError
 
 
 def test_a_folder_that_a_lost_process_holds_is_waited_for(monkeypatch: pytest.MonkeyPatch):
@@ -64,3 +67,13 @@ def test_a_trial_that_has_waited_decides_by_what_the_holder_has_left(
     with working_copy(place), pytest.raises(TrialError, match="the first one's"):
         run_in_folder(common, config, None, {}, "held")
     assert read_json(f"{place}/{ERROR_FILE}") == {"error": "the first one's"}
+
+
+def test_a_trial_that_could_not_be_measured_says_why(tmp_path: Path):
+    config = load_recipe("tiny", [f"output={tmp_path}", "name=blind", "topology.mode=local"])
+    run = RunFolder(config.run_folder)
+    run.create(config.to_yaml())
+    write_json(str(run.summary), {"validation_problem": "The validation of iteration 2 failed."})
+    with pytest.raises(SgmdError, match=r"is missing\. The validation of iteration 2 failed\."):
+        run_in_folder(CommonToTrials(config), config, None, {}, "blind")
+    assert "iteration 2 failed" in read_json(f"{run}/{ERROR_FILE}")["error"]
