@@ -98,7 +98,7 @@ def _scratch(context: Context) -> Path:
 
 
 def _write_captions(context: Context, work: Path) -> None:
-    clips = 64 if context.small else 512
+    clips = 16 if context.small else 512
     write_shards(f"{work / 'shapes' / 'train'}", num_clips=clips, shard_size=clips, seed=0)
 
 
