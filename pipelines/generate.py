@@ -183,9 +183,8 @@ def generate(
     with storage_errors(f"writing clips to {shared_place(root)}"), files_at(root):
         pass  # A folder that cannot be made is reported before anything is sampled.
     requests = list(itertools.product(enumerate(prompts), seeds))
-    names_size = (
-        bool(settings.trained_sizes) or settings.size != read_inference_settings(folder).size
-    )
+    own_size = read_inference_settings(folder).size
+    names_size = bool(settings.trained_sizes) or settings.size != own_size
     files = _ClipFiles(root, formats, zoom, settings, names_size)
     return _clips(sampler, requests, settings, files, on_progress)
 
