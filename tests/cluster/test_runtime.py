@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -15,6 +14,7 @@ import ray
 from cluster.procfs import born, is_running
 from cluster.runtime import start_ray
 from cluster.tokens import asked_with
+from tests.helpers.forked_python import PYTHON, forked_python, processes_below
 
 REPORTS_ERRORS = """
 import sys
@@ -79,12 +79,15 @@ assert not ray.is_initialized()
 
 
 def _run(
-    program: str, *arguments: str, home: Path, **variables: str
+    program: str, *arguments: str, home: Path, python: str = "", **variables: str
 ) -> subprocess.CompletedProcess[str]:
+    """Runs a program with a home of its own; forked unless an interpreter is given."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    # What is forked shares libraries that have read another home; Ray is none of them.
+    at_home = f"import os\nos.environ['HOME'] = {str(home)!r}\n"
     return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        env={**environment, "HOME": str(home), **variables},
+        [python or forked_python(), "-c", at_home + program, *arguments],
+        env={**environment, **variables},
         capture_output=True,
         text=True,
         timeout=300,
@@ -239,7 +242,8 @@ def test_a_cluster_without_a_token_is_warned_of_unless_that_was_chosen(tmp_path,
 def test_a_private_cluster_is_on_loopback_asks_for_a_token_and_leaves_no_file_with_it(
     tmp_path, ray_folder
 ):
-    result = _run(STARTS_TWICE, str(ray_folder / "token"), home=tmp_path)
+    # The environment that the kernel shows of a forked process is that of its server.
+    result = _run(STARTS_TWICE, str(ray_folder / "token"), home=tmp_path, python=PYTHON)
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / ".ray").exists()
     assert result.stderr == ""
@@ -312,27 +316,14 @@ PATIENCE_S = 30.0
 """Ray's own agents would stay for a minute."""
 
 
-def _descendants(process: int) -> dict[int, int]:
-    """Start time of each process that a process has started, and of those that these have."""
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        # It may end meanwhile.
-        with suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_bytes().rpartition(b")")[2].split()[1])
-    found = {process}
-    while more := {one for one, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {one: born(one) for one in found}
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 def test_nothing_of_a_private_cluster_outlives_its_killed_driver(ray_folder):
-    command = [sys.executable, "-c", HAS_A_CLUSTER, str(ray_folder / "killed")]
+    command = [forked_python(), "-c", HAS_A_CLUSTER, str(ray_folder / "killed")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
         assert driver.stdout.readline() == "started\n"
-        left = _descendants(driver.pid)
+        left = {each.pid: born(each.pid) for each in processes_below(driver.pid)}
         assert len(left) > 5
         driver.kill()
         end_s = time.monotonic() + PATIENCE_S
