@@ -50,7 +50,11 @@ def test_signals_stop_a_sweep_with_their_own_codes_and_it_goes_on(
     make_recipe: MakeRecipe, ray_cluster: None
 ) -> None:
     config = make_recipe(
-        "sweep.grid={objective.lambda_nr: [0.05]}", "sweep.iterations=100000", "checkpoint.every=2"
+        "sweep.grid={objective.lambda_nr: [0.05]}",
+        "sweep.iterations=100000",
+        # A trial ends at its next report; without one it trains on while Tune waits for it.
+        "sweep.validate_every=10",
+        "checkpoint.every=2",
     )
     folder = config.run_folder.parent / "small-sweep"
     answers = [signal.getsignal(number) for number in STOP_SIGNALS]
