@@ -153,4 +153,5 @@ def _beside_calls(
     methods = dict.fromkeys(
         f"{each.method}()" for each in futures if each.ranks.get(actor) == (each.group, each.rank)
     )
-    return f" in {place}, outside of its calls ({', '.join(methods) or 'before them'})"
+    named = f" ({', '.join(methods)})" if methods else ""
+    return f" in {place}, outside of its calls{named}"
