@@ -1,5 +1,7 @@
 """The same run wherever and however it is made: bitwise on a CPU."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,27 @@ def state(config: DistillConfig, iteration: int) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+WHOLE = ["iterations=4", "checkpoint.every=2"]
+
+Reference = Callable[[str], DistillConfig]
+
+
+@pytest.fixture(scope="module")
+def reference(module_recipe: MakeRecipe) -> Reference:
+    """Runs of `WHOLE` in one process, made once a mode."""
+
+    @cache
+    def run(mode: str) -> DistillConfig:
+        config = module_recipe(f"name={mode}", *WHOLE, *MODES[mode])
+        distill(config)
+        assert len(history(config)) == 4
+        # Each iteration moves what is compared.
+        assert_moves(moments(config, 4), moments(config, 2))
+        return config
+
+    return run
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 # Each way of tracking and each form once: what travels between roles depends on one at a time.
@@ -74,19 +97,24 @@ def state(config: DistillConfig, iteration: int) -> dict[str, bytes]:
     "mode", ["sgmd-shared-released", "sgmd-fresh-paper", "dmd2", "cdm", "sid", "adm"]
 )
 def test_roles_on_ray_make_the_bits_that_one_process_makes(
-    make_recipe: MakeRecipe, ray_cluster: None, mode: str
+    make_recipe: MakeRecipe, reference: Reference, ray_cluster: None, mode: str
 ) -> None:
-    settings = MODES[mode]
-    local = make_recipe("name=local", *settings)
-    pools = make_recipe("name=pools", "topology.mode=pools", *settings)
-    distill(local)
+    pools = make_recipe("name=pools", "topology.mode=pools", *WHOLE, *MODES[mode])
     distill(pools)
-    other = make_recipe("name=other", *settings, "seed=1")
-    distill(other)
-    assert_moves(moments(local, 5), moments(other, 5))
-    assert len(history(local)) == 5
-    assert history(pools) == history(local)
-    assert state(pools, 5) == state(local, 5)
+    assert history(pools) == history(reference(mode))
+    assert state(pools, 4) == state(reference(mode), 4)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sgmd-shared-released", "sid"])
+def test_fused_roles_make_the_bits_of_one_process(
+    make_recipe: MakeRecipe, reference: Reference, ray_cluster: None, mode: str
+) -> None:
+    fused = make_recipe("name=fused", "topology.mode=fused", *WHOLE, *MODES[mode])
+    distill(fused)
+    assert history(fused) == history(reference(mode))
+    assert state(fused, 4) == state(reference(mode), 4)
 
 
 @pytest.mark.slow
@@ -94,19 +122,16 @@ def test_roles_on_ray_make_the_bits_that_one_process_makes(
     "mode", slow_but("sgmd-shared-released", "sgmd-fresh-released", "dmd2", "sid", "adm")
 )
 def test_a_resumed_run_makes_the_bits_of_one_that_was_never_stopped(
-    make_recipe: MakeRecipe, mode: str
+    make_recipe: MakeRecipe, reference: Reference, mode: str
 ) -> None:
-    settings = [*MODES[mode], "checkpoint.every=2"]
-    whole = make_recipe("name=whole", "iterations=6", *settings)
-    distill(whole)
+    settings = [*WHOLE, *MODES[mode]]
     # Stopped after iteration 3, so the last iteration is lost and made again from step 2.
-    distill(make_recipe("name=parts", "iterations=3", *settings))
-    parts = make_recipe("name=parts", "iterations=6", *settings)
+    distill(make_recipe("name=parts", *settings, "iterations=3"))
+    parts = make_recipe("name=parts", *settings)
     drop_checkpoint(parts, 3)
     distill(parts, resume=True)
-    assert_moves(moments(whole, 6), moments(whole, 4))
-    assert history(parts) == history(whole)
-    assert state(parts, 6) == state(whole, 6)
+    assert history(parts) == history(reference(mode))
+    assert state(parts, 4) == state(reference(mode), 4)
 
 
 def drop_checkpoint(config: DistillConfig, iteration: int) -> None:

@@ -94,20 +94,6 @@ def assert_run_moves(
         assert_moves(found[0], found[1], TOLERANCE)
 
 
-@pytest.mark.parametrize("mode", ["sgmd-shared-released", "sid"])
-def test_fused_roles_make_the_bits_of_one_process(make_recipe: MakeRecipe, mode: str) -> None:
-    settings = [*MODES[mode], "iterations=2"]
-    local = make_recipe("name=local", *settings)
-    fused = make_recipe("name=fused", "topology.mode=fused", *settings)
-    distill(local)
-    distill(fused)
-    other = make_recipe("name=other", *settings, OTHER_SAMPLES)
-    distill(other)
-    assert_moves(moments(local, 2), moments(other, 2))
-    assert history(fused) == history(local)
-    assert state(fused, 2) == state(local, 2)
-
-
 def test_fused_ranks_share_the_samples(make_recipe: MakeRecipe) -> None:
     settings = [*BATCH, "iterations=2", "validation.every=2", "topology.validator.cpus=0.1"]
     one = make_recipe("name=one", *settings)
