@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.opened_copy import run_copy
@@ -25,7 +28,7 @@ POOLS = (
     "topology.pools={learn: {cpus: 0.5, labels: {ray.io/gpu-domain: rack-1}}, "
     "score: {cpus: 0.5, labels: {ray.io/gpu-domain: rack-2}}}"
 )
-NUM_ITERATIONS = 40
+NUM_ITERATIONS = 28
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +50,16 @@ def machines(
         yield cluster
 
 
-@pytest.fixture
-def laptop(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
-    """Runs the command line as a user does who has keys for the bucket."""
+@pytest.fixture(autouse=True)
+def keys(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes this process that of a user who has keys for the bucket."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     use_server(machines.environment, monkeypatch)
+
+
+@pytest.fixture
+def laptop() -> Callable[..., object]:
+    """Runs the command line in a process with an environment of its own."""
 
     def sgmd(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -67,9 +75,13 @@ def laptop(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     return sgmd
 
 
+def here(*arguments: str | Path) -> Result:
+    """The command line in this process, which has its libraries."""
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
 def test_a_run_goes_on_while_machines_leave_and_join(
     machines: Machines,
-    laptop: Callable[..., subprocess.CompletedProcess[str]],
     recipe_file: Path,
     make_recipe: MakeRecipe,
 ) -> None:
@@ -77,8 +89,8 @@ def test_a_run_goes_on_while_machines_leave_and_join(
     there = ["data.train=s3://team/shapes/train", "data.validation=s3://team/shapes/held_out"]
     there += ["model.folder=s3://team/wan", "topology.mode=map", POOLS]
     place = ["--address", machines.dashboard, "--output-root", "s3://team"]
-    sent = laptop("submit", recipe_file, *settings, *there, *place, "--detach", "--json")
-    assert sent.returncode == 0, sent.stderr
+    sent = here("submit", recipe_file, *settings, *there, *place, "--detach", "--json")
+    assert sent.exit_code == 0, sent.output
     job = json.loads(sent.stdout)["job_id"]
     # The bucket is the only place that all machines reach; the command works on the head's disk.
     copies = machines.files("head") / "cache" / "sgmd" / "runs"
@@ -89,8 +101,8 @@ def test_a_run_goes_on_while_machines_leave_and_join(
     machines.cut_off("right")
     machines.add("new", {"ray.io/gpu-domain": "rack-2"}, 2)
 
-    back = laptop("submit", "--follow", job, "--address", machines.dashboard)
-    assert back.returncode == 0, back.stderr
+    back = here("submit", "--follow", job, "--address", machines.dashboard)
+    assert back.exit_code == 0, back.output
     assert f"iteration {NUM_ITERATIONS}/{NUM_ITERATIONS}" in back.stderr
     assert back.stdout.splitlines()[-1] == "report: s3://team/runs/small/report.html"
     assert not [*copies.glob("small*")]

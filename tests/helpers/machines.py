@@ -29,8 +29,12 @@ from tests.helpers.namespaces import python_of
 ROOT = Path(__file__).parents[2]
 PORT, DASHBOARD = 6379, 8265
 _START_S = 180.0
-_HEALTH = '{"health_check_period_ms": 1000, "health_check_failure_threshold": 3}'
-"""A machine that is gone counts as lost after three seconds and not after fourteen."""
+_SYSTEM = (
+    '{"health_check_period_ms": 1000, "health_check_failure_threshold": 3, '
+    '"prestart_worker_first_driver": false}'
+)
+"""A machine that is gone counts as lost after three seconds and not after fourteen; and workers are
+started when they are asked for, and not a core one before: a job has its own."""
 
 
 def why_no_machines() -> str:
@@ -112,7 +116,7 @@ class Machines:
         address = f"{self._net}.{self._count}"
         space = self._connect(name, address)
         python = python_of(self.disk)
-        role = ["--head", f"--port={PORT}", f"--system-config={_HEALTH}"]
+        role = ["--head", f"--port={PORT}", f"--system-config={_SYSTEM}"]
         role += ["--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD}"]
         command = [
             *(str(python), "-m", "ray.scripts.scripts", "start", "--block"),
@@ -127,6 +131,8 @@ class Machines:
         inside = [space, str(self.files(name)), str(self.disk), *command]
         environment = {**os.environ, **self.environment, **variables}
         environment |= {"XDG_CACHE_HOME": str(self.disk / "cache")}
+        # Else the dashboard adds up the memory of its own processes every five seconds.
+        environment |= {"METRICS_RECORD_INTERVAL_S": "3600"}
         environment |= {"PATH": f"{python.parent}:{os.environ['PATH']}"}
         environment.pop("RAY_ADDRESS", None)
         with (self._root / f"{name}.log").open("w") as log:
