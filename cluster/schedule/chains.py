@@ -24,17 +24,32 @@ from cluster.schedule.program import Process, Team
 from cluster.schedule.schedule import Call
 
 
-def join_calls(calls: Sequence[Call], teams: Mapping[str, Team]) -> list[tuple[int, ...]]:
+def join_calls(
+    calls: Sequence[Call], teams: Mapping[str, Team], gangs: Sequence[range] | None = None
+) -> list[tuple[int, ...]]:
     """Places of the calls that are made as one, in the order in which to make them.
 
     Args:
         calls: A schedule.
         teams: Processes by role, as the schedule was made for; of a role without an entry, each
             call is made by itself.
+        gangs: Its gangs, if they are known: see `gangs_of`.
     """
     if any(call.role not in teams for call in calls):
         return [(place,) for place in range(len(calls))]
-    return _Joining(calls, teams).chains()
+    return _Joining(calls, teams, list(gangs or gangs_of(calls, teams))).chains()
+
+
+def processes_of(calls: Sequence[Call], teams: Mapping[str, Team]) -> list[Process]:
+    """The process of each call."""
+    found: dict[tuple[str, int], Process] = {}
+    processes: list[Process] = []
+    for call in calls:
+        rank = (call.role, call.rank)
+        if rank not in found:
+            found[rank] = teams[call.role].process(*rank)
+        processes.append(found[rank])
+    return processes
 
 
 def gangs_of(calls: Sequence[Call], teams: Mapping[str, Team]) -> Iterator[range]:
@@ -58,12 +73,14 @@ def _gang_of(call: Call, teams: Mapping[str, Team]) -> tuple[object, ...]:
 class _Joining:
     """Gangs of calls, by number, and what comes before and after each."""
 
-    def __init__(self, calls: Sequence[Call], teams: Mapping[str, Team]) -> None:
+    def __init__(
+        self, calls: Sequence[Call], teams: Mapping[str, Team], gangs: list[range]
+    ) -> None:
         self._calls = calls
         self._teams = teams
         # By place of a call: each is asked for many times.
-        self._processes = [teams[call.role].process(call.role, call.rank) for call in calls]
-        self._gangs = list(gangs_of(calls, teams))
+        self._processes = processes_of(calls, teams)
+        self._gangs = gangs
         number = {place: at for at, gang in enumerate(self._gangs) for place in gang}
         self._takes: list[set[int]] = []
         self._users = defaultdict[int, set[int]](set)
@@ -124,6 +141,8 @@ class _Joining:
         return True
 
     def _by_rank(self, chain: Sequence[int]) -> list[tuple[int, ...]]:
+        if len(chain) == 1:
+            return [(place,) for place in self._gangs[chain[0]]]
         ranks = defaultdict[Process, list[int]](list)
         for at in chain:
             for place in self._gangs[at]:

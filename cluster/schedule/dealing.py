@@ -29,8 +29,10 @@ MOST_KEPT = 2
 """Most micro-batches for which a stage other than the first keeps something at once. One would make
 the fake score's signal wait for the tracking before it; more gain nothing."""
 _SHORTER = 1 - 1e-9
+_NOT_SHORTER = 1 - 5e-10
+"""A bound that is added up in another order differs by much less than from `_SHORTER`."""
 _MOST_STARTS = 10_000
-"""Starts of stages in all schedules that a search tries: about a quarter of a second."""
+"""Starts of stages in all schedules that a search tries, those that it leaves early included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,8 @@ _Places = tuple[tuple[_Place, ...], ...]
 
 @lru_cache(maxsize=512)
 def _deal(a_pass: Pass, places: _Places, num_micro_batches: int, depth: int) -> DealtPass:
-    return _Search(_Graph(a_pass, num_micro_batches, depth), places).best()
+    copies = [len(own) for own in places]
+    return _Search(_Graph(a_pass, num_micro_batches, depth, copies), places).best()
 
 
 Node = tuple[int, int]
@@ -107,48 +110,68 @@ Node = tuple[int, int]
 
 
 class _Graph:
-    """Stages of all micro-batches, and what each has to wait for."""
+    """Stages of all micro-batches, and what each has to wait for; nodes have numbers in order."""
 
-    def __init__(self, a_pass: Pass, num_micro_batches: int, depth: int) -> None:
+    def __init__(
+        self, a_pass: Pass, num_micro_batches: int, depth: int, copies: Sequence[int]
+    ) -> None:
         self.stages = a_pass.stages
         self.num_micro_batches = num_micro_batches
-        self.depth = depth
-        self.kept = min(depth, MOST_KEPT)
+        self._depth = depth
+        self._kept = min(depth, MOST_KEPT)
         number = {stage.name: at for at, stage in enumerate(self.stages)}
         self.takes = [tuple(number[name] for name in stage.takes) for stage in self.stages]
-        self.user = [number[stage.keeps_until or stage.name] for stage in self.stages]
-        self.tied = {user: at for at, user in enumerate(self.user) if user != at}
+        self._user = [number[stage.keeps_until or stage.name] for stage in self.stages]
+        self.tied = {user: at for at, user in enumerate(self._user) if user != at}
         opening = opening_of(a_pass)
-        self.opener = next((at for at, user in enumerate(self.user) if user != at), None)
-        self.num_opening = len(opening) if self.opener is not None else 0
+        self._opener = next((at for at, user in enumerate(self._user) if user != at), None)
+        self._num_opening = len(opening) if self._opener is not None else 0
         self.nodes = [(at, i) for i in range(num_micro_batches) for at in range(len(self.stages))]
         self._accumulating = self._accumulation_order()
+        self._copied = [at for at, number in enumerate(copies) if number > 1]
+        self._always = [self._whatever_copies(node) for node in self.nodes]
+        for at in set(range(len(self.stages))).difference(self._copied):
+            self._add_turns(self._always, at, [0] * len(self.nodes))
 
-    def before(self, node: Node, replica_of: Callable[[Node], int]) -> Iterator[Node]:
-        """Nodes that must have ended before a node starts."""
+    def number(self, at: int, index: int) -> int:
+        """The number of the node of a stage and a micro-batch."""
+        return index * len(self.stages) + at
+
+    def before(self, replicas: Sequence[int]) -> list[tuple[int, ...]]:
+        """Numbers of the nodes that must have ended before each starts, by its replica."""
+        found = [*self._always]
+        for at in self._copied:
+            self._add_turns(found, at, replicas)
+        return found
+
+    def _add_turns(self, before: list[tuple[int, ...]], at: int, replicas: Sequence[int]) -> None:
+        """Adds what the nodes of a stage wait for because of their replicas' earlier ones."""
+        worked_on = dict[int, list[int]]()
+        for index in range(self.num_micro_batches):
+            number = self.number(at, index)
+            own = worked_on.setdefault(replicas[number], [])
+            if own and (at, index) not in self._accumulating:
+                before[number] += (self.number(at, own[-1]),)
+            keeps = self._user[at] != at and not self._waits_for_room(at, index)
+            if keeps and len(own) >= self._kept:
+                before[number] += (self.number(self._user[at], own[-self._kept]),)
+            own.append(index)
+
+    def _whatever_copies(self, node: Node) -> tuple[int, ...]:
+        """Nodes that must have ended before a node starts, whichever replicas work."""
         at, index = node
-        yield from ((taken, index) for taken in self.takes[at])
+        found = [(taken, index) for taken in self.takes[at]]
         if at in self.tied:
-            yield self.tied[at], index
+            found.append((self.tied[at], index))
         if node in self._accumulating:
-            yield self._accumulating[node]
-        elif previous := self._previous(node, 1, replica_of):
-            yield previous
-        if at < self.num_opening and self.opener is not None and index >= self.depth:
+            found.append(self._accumulating[node])
+        if self._opener is not None and self._waits_for_room(at, index):
             # An opening stage waits until an earlier micro-batch is closed.
-            yield self.user[self.opener], index - self.depth
-        elif self.user[at] != at and (closed := self._previous(node, self.kept, replica_of)):
-            yield self.user[at], closed[1]
+            found.append((self._user[self._opener], index - self._depth))
+        return tuple(self.number(*one) for one in found)
 
-    def _previous(self, node: Node, count: int, replica_of: Callable[[Node], int]) -> Node | None:
-        """The node of the same stage that a replica worked on so many turns before."""
-        at, index = node
-        own = replica_of(node)
-        for earlier in range(index - 1, -1, -1):
-            count -= replica_of((at, earlier)) == own
-            if not count:
-                return at, earlier
-        return None
+    def _waits_for_room(self, at: int, index: int) -> bool:
+        return at < self._num_opening and index >= self._depth
 
     def _accumulation_order(self) -> dict[Node, Node]:
         """By accumulating node, the one before it of its role: one order for all."""
@@ -164,7 +187,17 @@ class _Graph:
 
 
 _Rule = Callable[[Node], tuple[float, ...]]
-_Choice = dict[Node, int]
+_Choice = list[int]
+"""Replicas by the numbers of the nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A schedule: seconds, the nodes in order, and their replicas."""
+
+    seconds: float
+    order: Sequence[int]
+    choice: _Choice
 
 
 class _Search:
@@ -173,32 +206,37 @@ class _Search:
     def __init__(self, graph: _Graph, places: _Places) -> None:
         self._graph = graph
         self._seconds = [[place.seconds for place in own] for own in places]
-        self._pools = [[place.pool for place in own] for own in places]
+        names = sorted({place.pool for own in places for place in own})
+        self._num_pools = len(names)
+        self._pools = [[names.index(place.pool) for place in own] for own in places]
         self._starts_left = _MOST_STARTS
+        self._left = self._seconds_left()
         self._ranks = [_ranks([rule(node) for node in graph.nodes]) for rule in self._rules()]
 
     def best(self) -> DealtPass:
         """The shortest schedule; of equally short ones the first that was tried."""
-        tried = [
-            (schedule, choice)
-            for choice in self._beginnings()
-            for schedule in self._schedules(choice)
-        ]
-        found, choice = min(tried, key=lambda one: one[0].seconds)
+        found = _Found(math.inf, (), [])
+        for choice in self._beginnings():
+            found = self._shorter(found, choice, 1.0)
         improved = True
         while improved and self._starts_left > 0:
             improved = False
-            for changed in self._changes(choice):
-                for other in self._schedules(changed):
-                    if other.seconds < _SHORTER * found.seconds:
-                        found, choice, improved = other, changed, True
+            for changed in self._changes(found):
+                shorter = found if changed is None else self._shorter(found, changed, _SHORTER)
+                self._starts_left -= len(self._ranks) * len(self._graph.nodes) * (changed is None)
+                improved, found = shorter is not found, shorter
                 if improved or self._starts_left <= 0:
                     break
-        return found
+        deals = [
+            Deal(self._graph.stages[at], index, found.choice[number])
+            for number in found.order
+            for at, index in [self._graph.nodes[number]]
+        ]
+        return DealtPass(tuple(deals), found.seconds)
 
     def _rules(self) -> Iterator[_Rule]:
         """Orders of what can start at the same time, smallest first."""
-        left = self._seconds_left()
+        left = self._left
         # To finish what has been begun keeps the fewest micro-batches open.
         yield lambda node: (-node[0], node[1])
         yield lambda node: (-left[node[0]], node[1])
@@ -216,24 +254,21 @@ class _Search:
     def _balanced(self) -> _Choice:
         """Gives the stages of copied roles to the pool on which the least is left to do."""
         graph = self._graph
-        load: dict[str, float] = {}
+        load = [0.0] * self._num_pools
         for at, pools in enumerate(self._pools):
-            alone = len(pools) == 1
-            for pool in pools:
-                load.setdefault(pool, 0.0)
-            if alone:
+            if len(pools) == 1:
                 load[pools[0]] += graph.num_micro_batches * self._seconds[at][0]
-        choice: _Choice = {}
+        choice: _Choice = []
         for at, index in graph.nodes:
             pools = self._pools[at]
             if at in graph.tied:
-                replica = choice[graph.tied[at], index]
+                replica = choice[graph.number(graph.tied[at], index)]
             else:
                 costs = self._seconds[at]
                 replica = min(
                     range(len(pools)), key=lambda one: (load[pools[one]] + costs[one], one)
                 )
-            choice[at, index] = replica
+            choice.append(replica)
             if len(pools) > 1:
                 load[pools[replica]] += self._seconds[at][replica]
         return choice
@@ -244,52 +279,70 @@ class _Search:
         yield balanced
         if any(len(pools) > 1 for pools in self._pools):
             for arrange in (_spread, sorted, lambda chosen: sorted(chosen, reverse=True)):
-                arranged = dict(balanced)
-                for at in range(len(self._pools)):
-                    micro_batches = range(self._graph.num_micro_batches)
-                    chosen = arrange([balanced[at, index] for index in micro_batches])
-                    arranged |= {(at, index): one for index, one in enumerate(chosen)}
+                arranged, step = [*balanced], len(self._pools)
+                for at in range(step):
+                    arranged[at::step] = arrange(balanced[at::step])
                 yield arranged
 
-    def _changes(self, choice: _Choice) -> Iterator[_Choice]:
-        """Choices that differ in one node, and in what is tied to it."""
-        graph = self._graph
+    def _changes(self, found: _Found) -> Iterator[_Choice | None]:
+        """Choices that differ in one node, and in what is tied to it; None: one that is longer."""
+        graph, choice = self._graph, found.choice
         tied = {first: user for user, first in graph.tied.items()}
-        for (at, index), chosen in choice.items():
+        load = self._loads(choice)
+        for number, (at, index) in enumerate(graph.nodes):
             if at in graph.tied:
                 continue
-            for replica in range(len(self._pools[at])):
-                if replica != chosen:
-                    changed = {**choice, (at, index): replica}
-                    if at in tied:
-                        changed[tied[at], index] = replica
-                    yield changed
+            moved = [at, tied[at]] if at in tied else [at]
+            for replica, pool in enumerate(self._pools[at]):
+                if replica == choice[number]:
+                    continue
+                more = sum(self._seconds[one][replica] for one in moved)
+                is_other = pool != self._pools[at][choice[number]]
+                if is_other and load[pool] + more >= _NOT_SHORTER * found.seconds:
+                    yield None
+                    continue
+                changed = [*choice]
+                for one in moved:
+                    changed[graph.number(one, index)] = replica
+                yield changed
 
-    def _schedules(self, choice: _Choice) -> list[DealtPass]:
-        """Works through the pass by each rule: the next node is the one that can start first."""
+    def _loads(self, choice: _Choice) -> list[float]:
+        """Seconds of work of each pool."""
+        load = [0.0] * self._num_pools
+        for (at, _), replica in zip(self._graph.nodes, choice, strict=True):
+            load[self._pools[at][replica]] += self._seconds[at][replica]
+        return load
+
+    def _shorter(self, found: _Found, choice: _Choice, least: float) -> _Found:
+        """The shortest schedule of a choice by the rules, or one found before.
+
+        Args:
+            found: Schedule to be shorter than.
+            choice: Replicas.
+            least: Part of its seconds that a schedule has to stay below.
+        """
         graph = self._graph
-        before = [set(graph.before(node, choice.__getitem__)) for node in graph.nodes]
-        after: dict[Node, list[int]] = {node: [] for node in graph.nodes}
+        before = graph.before(choice)
+        followers: list[list[int]] = [[] for _ in before]
         for number, earlier in enumerate(before):
-            for node in earlier:
-                after[node].append(number)
-        replicas = [choice[node] for node in graph.nodes]
-        chosen = list(zip(graph.nodes, replicas, strict=True))
+            for one in earlier:
+                followers[one].append(number)
         walk = _Walk(
             waits=[len(earlier) for earlier in before],
-            followers=[after[node] for node in graph.nodes],
-            pools=[self._pools[at][replica] for (at, _), replica in chosen],
-            seconds=[self._seconds[at][replica] for (at, _), replica in chosen],
+            followers=followers,
+            pools=[self._pools[at][one] for (at, _), one in zip(graph.nodes, choice, strict=True)],
+            seconds=[
+                self._seconds[at][one] for (at, _), one in zip(graph.nodes, choice, strict=True)
+            ],
+            left=[self._left[at] for at, _ in graph.nodes],
+            load=self._loads(choice),
         )
-        found: list[DealtPass] = []
+        hopeless = _NOT_SHORTER / _SHORTER * least
         for ranks in self._ranks:
             self._starts_left -= len(graph.nodes)
-            order, end = walk.by(ranks)
-            deals = [
-                Deal(graph.stages[at], index, replica)
-                for (at, index), replica in (chosen[number] for number in order)
-            ]
-            found.append(DealtPass(tuple(deals), end))
+            walked = walk.by(ranks, hopeless * found.seconds)
+            if walked is not None and walked[1] < least * found.seconds:
+                found = _Found(walked[1], walked[0], choice)
         return found
 
 
@@ -299,22 +352,32 @@ class _Walk:
 
     Attributes:
         waits: How many nodes each waits for.
-        followers: Those that wait for each.
+        followers: Those that wait for each, in order.
         pools: Where each works.
         seconds: Of each.
+        left: The least from the start of each to the end of its micro-batch.
+        load: Seconds of all nodes of each pool.
     """
 
     waits: list[int]
     followers: list[list[int]]
-    pools: list[str]
+    pools: list[int]
     seconds: list[float]
+    left: list[float]
+    load: list[float]
 
-    def by(self, ranks: Sequence[int]) -> tuple[list[int], float]:
-        """The order in which nodes start, the least rank first of several, and the last end."""
-        waits, pools, followers = [*self.waits], self.pools, self.followers
-        ready = {number: 0.0 for number, left in enumerate(waits) if not left}
+    def by(self, ranks: Sequence[int], below_s: float) -> tuple[list[int], float] | None:
+        """The order in which nodes start, the least rank first of several, and the last end.
+
+        Args:
+            ranks: Of the nodes.
+            below_s: None is returned as soon as the last end cannot be below it.
+        """
+        waits, pools, followers, seconds = [*self.waits], self.pools, self.followers, self.seconds
+        left, load = self.left, [*self.load]
+        ready = {number: 0.0 for number, waited in enumerate(waits) if not waited}
         arrived = [0.0] * len(waits)
-        free = dict.fromkeys(pools, 0.0)
+        free = [0.0] * len(load)
         order: list[int] = []
         while ready:
             first, start = -1, math.inf
@@ -325,17 +388,21 @@ class _Walk:
                     could = since
                 if could < start or (could == start and ranks[number] < ranks[first]):
                     first, start = number, could
-            end = start + self.seconds[first]
-            free[pools[first]] = end
+            pool = pools[first]
+            if start + load[pool] >= below_s or start + left[first] >= below_s:
+                return None
+            load[pool] -= seconds[first]
+            free[pool] = end = start + seconds[first]
             order.append(first)
             del ready[first]
             for follower in followers[first]:
                 waits[follower] -= 1
-                arrived[follower] = max(arrived[follower], end)
+                if end > arrived[follower]:
+                    arrived[follower] = end
                 if not waits[follower]:
                     ready[follower] = arrived[follower]
         assert len(order) == len(waits), "a stage waits for itself"
-        return order, max(free.values())
+        return order, max(free)
 
 
 def _ranks(keys: Sequence[tuple[float, ...]]) -> list[int]:

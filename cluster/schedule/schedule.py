@@ -31,6 +31,7 @@ from cluster.schedule.dealing import StageSeconds, deal_pass, dealt_seconds
 from cluster.schedule.program import (
     Pass,
     Program,
+    Share,
     Stage,
     Team,
     Update,
@@ -176,6 +177,7 @@ class _Builder:
         self._depth = depth
         self._sizes = sizes
         self._places: dict[tuple[int, int, str, int], list[int]] = {}
+        self._shares: dict[tuple[object, ...], list[Share]] = {}
         self._passes_of = {
             role: [
                 phase
@@ -275,20 +277,15 @@ class _Builder:
         past = iteration * len(passes) + passes.index(phase)
         round = past * self._num_micro_batches + micro_batch
         places: list[int] = []
-        team = self._teams[stage.role]
-        shares = (
-            # The odd micro-batch of each batch would always meet the same replica.
-            partition_samples(self._sizes[micro_batch], team, round, past + micro_batch)
-            if replica is None
-            else share_in_replica(self._sizes[micro_batch], team, replica)
-        )
+        # The odd micro-batch of each batch would always meet the same replica.
+        shares = self._shares_of(stage.role, micro_batch, replica, round, past + micro_batch)
+        made = [
+            (place, self.calls[place].samples)
+            for name in stage.takes
+            for place in self._places[iteration, phase, name, micro_batch]
+        ]
         for share in shares:
-            inputs = tuple(
-                place
-                for name in stage.takes
-                for place in self._places[iteration, phase, name, micro_batch]
-                if _overlap(self.calls[place].samples, share.samples)
-            )
+            inputs = tuple(place for place, samples in made if _overlap(samples, share.samples))
             call = Call(
                 iteration,
                 phase,
@@ -306,6 +303,21 @@ class _Builder:
                 places.append(len(self.calls))
             self._ask(call)
         self._places[iteration, phase, stage.name, micro_batch] = places
+
+    def _shares_of(
+        self, role: str, micro_batch: int, replica: int | None, round: int, odd_round: int
+    ) -> list[Share]:
+        """Shares of a micro-batch; those that have been found before are the same."""
+        team, size = self._teams[role], self._sizes[micro_batch]
+        turns = (round % team.replicas, odd_round % team.replicas)
+        key = (role, size, *(turns if replica is None else (replica,)))
+        if key not in self._shares:
+            self._shares[key] = (
+                partition_samples(size, team, *turns)
+                if replica is None
+                else share_in_replica(size, team, replica)
+            )
+        return self._shares[key]
 
     def _ask_role(
         self, iteration: int, phase: int, role: str, stage: str, inputs: tuple[int, ...] = ()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from cluster.schedule.chains import gangs_of, join_calls
+from cluster.schedule.chains import gangs_of, join_calls, processes_of
 from cluster.schedule.program import Process, Team
 from cluster.schedule.schedule import Call
 
@@ -201,51 +201,60 @@ def simulate(
         The same calls with times, the first one asked for at 0.
     """
     spans: list[Span] = []
-    processes = [teams[call.role].process(call.role, call.rank) for call in calls]
+    processes = processes_of(calls, teams)
     free = dict[Process, int]()
     handed_on = _handed_on(calls, processes)
+    gangs = list(gangs_of(calls, teams))
     first_of, last_of = list(range(len(calls))), list(range(len(calls)))
-    for chain in () if apart else join_calls(calls, teams):
+    for chain in () if apart else join_calls(calls, teams, gangs):
         for place in chain:
             first_of[place], last_of[place] = chain[0], chain[-1]
     now_s, waited = 0.0, None
-    for gang in gangs_of(calls, teams):
-        begun: list[tuple[Call, float, float, list[tuple[float, Cause, int | None]]]] = []
+    ends_s: list[float] = []
+    put_s, take_s = _handing_s(costs, costs.put_bandwidth), _handing_s(costs, costs.take_bandwidth)
+    for gang in gangs:
+        begun: list[tuple[float, float]] = []
+        start_s, cause, after = -1.0, Cause.CONTROLLER, None
         for place in gang:
             call, process = calls[place], processes[place]
-            for other in (last_of[one] for one in call.waits_for):
-                if spans[other].end_s + costs.answer_s > now_s:
-                    now_s, waited = spans[other].end_s + costs.answer_s, other
+            for one in call.waits_for:
+                other = last_of[one]
+                if ends_s[other] + costs.answer_s > now_s:
+                    now_s, waited = ends_s[other] + costs.answer_s, other
             is_first = first_of[place] == place
             now_s += costs.call_s * is_first
             issued_s = now_s if is_first else spans[first_of[place]].issued_s
-            reasons: list[tuple[float, Cause, int | None]] = [(issued_s, Cause.CONTROLLER, waited)]
+            if issued_s > start_s:
+                start_s, cause, after = issued_s, Cause.CONTROLLER, waited
             last = free.get(process)
-            if last is not None:
-                reasons.append((spans[last].end_s, Cause.PROCESS, last))
+            if last is not None and ends_s[last] > start_s:
+                start_s, cause, after = ends_s[last], Cause.PROCESS, last
             for taken in call.inputs:
                 stays = processes[taken] == process
-                left_s = spans[taken if stays else last_of[taken]].end_s
-                arrival_s = left_s + (0.0 if stays else _hop_s(calls[taken], costs))
-                reasons.append((arrival_s, Cause.RESULT, taken))
-            ready_s = max((spans[taken].end_s for taken in call.inputs), default=issued_s)
-            begun.append((call, issued_s, ready_s, reasons))
-        start_s, cause, after = max(
-            (reason for *_, reasons in begun for reason in reasons), key=lambda reason: reason[0]
-        )
-        for call, issued_s, ready_s, _ in begun:
-            process = processes[len(spans)]
-            free[process] = len(spans)
-            taken = sum(
-                costs.result_bytes(calls[place])
-                for place in call.inputs
-                if processes[place] != process
-            )
-            turn_s = costs.turn_s * (first_of[len(spans)] == len(spans))
-            end_s = start_s + turn_s + taken / costs.take_bandwidth + costs.seconds(call)
-            end_s += costs.result_bytes(call) / costs.put_bandwidth * (len(spans) in handed_on)
+                arrival_s = ends_s[taken if stays else last_of[taken]]
+                arrival_s += 0.0 if stays else _hop_s(calls[taken], costs)
+                if arrival_s > start_s:
+                    start_s, cause, after = arrival_s, Cause.RESULT, taken
+            ready_s = max([ends_s[taken] for taken in call.inputs], default=issued_s)
+            begun.append((issued_s, ready_s))
+        for place, (issued_s, ready_s) in zip(gang, begun, strict=True):
+            call, process = calls[place], processes[place]
+            free[process] = place
+            turn_s = costs.turn_s * (first_of[place] == place)
+            from_others = [calls[one] for one in call.inputs if processes[one] != process]
+            end_s = start_s + turn_s + take_s(from_others) + costs.seconds(call)
+            if place in handed_on:
+                end_s += put_s([call])
+            ends_s.append(end_s)
             spans.append(Span(call, issued_s, ready_s, start_s, end_s, cause, after))
     return Timeline(tuple(spans), tuple(processes))
+
+
+def _handing_s(costs: Costs, bandwidth: float) -> Callable[[Sequence[Call]], float]:
+    """Returns the seconds in which a process hands results over, or takes them in."""
+    if bandwidth == float("inf"):
+        return lambda makers: 0.0
+    return lambda makers: sum(costs.result_bytes(maker) for maker in makers) / bandwidth
 
 
 def _handed_on(calls: Sequence[Call], processes: Sequence[Process]) -> set[int]:

@@ -77,15 +77,34 @@ class Hardware:
     def costs(
         self, seconds: Callable[[Call], float], result_bytes: Callable[[Call], float]
     ) -> Costs:
-        """Costs of an iteration's calls: their seconds, and what lies between two GPUs."""
+        """Costs of an iteration's calls: their seconds, and what lies between two GPUs.
+
+        Args:
+            seconds: Of a call, by its role, rank, stage and number of samples alone.
+            result_bytes: The same of its result.
+        """
         return Costs(
-            seconds,
-            result_bytes,
+            _found_once(seconds),
+            _found_once(result_bytes),
             bandwidth=self.wire_bandwidth,
             latency_s=self.wire_latency_s,
             call_s=self.call_s,
             answer_s=self.answer_s,
         )
+
+
+def _found_once(figure: Callable[[Call], float]) -> Callable[[Call], float]:
+    """The same figure, found once for calls that differ in micro-batch and iteration alone."""
+    known: dict[tuple[str, int, str, bool, int], float] = {}
+
+    def found(call: Call) -> float:
+        in_update = call.micro_batch is None
+        key = (call.role, call.rank, call.stage, in_update, call.num_samples)
+        if key not in known:
+            known[key] = figure(call)
+        return known[key]
+
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from pipelines.planning.kept_bytes import (
     teacher_bytes,
 )
 from pipelines.planning.traffic import weight_bytes
-from pipelines.planning.workload import Workload
+from pipelines.planning.workload import Workload, remember
 from workers.models.shape import DenoiserShape
 
 _FLOAT = 4
@@ -81,6 +81,7 @@ class RankMemory:
         return {name: round(value / GB, 2) for name, value in parts.items()}
 
 
+@remember
 def generator_memory(work: Workload, ranks: int, samples: float, kept: float) -> RankMemory:
     """A rank of the generator.
 
@@ -96,11 +97,13 @@ def generator_memory(work: Workload, ranks: int, samples: float, kept: float) ->
     )
 
 
+@remember
 def fake_score_memory(work: Workload, ranks: int, samples: float, kept: float) -> RankMemory:
     """A rank of the fake score; see `generator_memory`."""
     return _learner_memory(work, FAKE_SCORE, ranks, samples, kept)
 
 
+@remember
 def teacher_memory(
     work: Workload, ranks: int, samples: float, *, shares_base: bool = False
 ) -> RankMemory:
@@ -132,6 +135,7 @@ def teacher_memory(
     )
 
 
+@remember
 def discriminator_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
     """A rank of a discriminator: the teacher's copy, the heads' state, one graph and features.
 
@@ -193,6 +197,7 @@ def _gathered(shape: DenoiserShape, ranks: int, layers: int, ends: int = 2) -> i
     return layers * shape.parameters_per_layer + ends * beside if ranks > 1 else 0
 
 
+@remember
 def _graph(work: Workload, role: str) -> float:
     graph = work.shape_of(role).graph_bytes(
         work.latent_shape,
@@ -205,6 +210,7 @@ def _graph(work: Workload, role: str) -> float:
     return graph + (stream_bytes(work, role) if role in work.selective else 0)
 
 
+@remember
 def _passing(work: Workload, role: str) -> float:
     """A pass without a graph, at its widest place."""
     shape = work.shape_of(role)
@@ -230,6 +236,7 @@ def _at_attention(work: Workload, role: str, kind: str) -> float:
     return _PAIRS[kind] * pair_bytes(work, role) + _STREAMS[kind] * stream
 
 
+@remember
 def _layer(work: Workload, role: str) -> float:
     """A layer whose activations are made again, and the gradients on their way through it."""
     shape = work.shape_of(role)

@@ -22,7 +22,7 @@ from pipelines.planning.pool_maps import (
 from pipelines.planning.savings import fitting_savings, run_fits, with_all_savings
 from pipelines.planning.search import candidates, find_best, rank_memory
 from pipelines.planning.stage_times import StageTimes
-from pipelines.planning.workload import Workload
+from pipelines.planning.workload import StageName, Workload, remember
 from sgmd_core.errors import ConfigError
 from sgmd_core.words import count_in_words
 
@@ -181,7 +181,21 @@ def best_layouts(
         num_gpus: For the three roles together.
         below_s: Pools whose work alone takes so long are not looked at.
     """
-    given = (work, times, hardware, num_gpus)
+    seconds = tuple(times.seconds.items())
+    return [*_best_layouts(work, seconds, times.ulysses, hardware, num_gpus, below_s)]
+
+
+@remember
+def _best_layouts(
+    work: Workload,
+    seconds: tuple[tuple[StageName, float], ...],
+    ulysses: tuple[tuple[str, int], ...],
+    hardware: Hardware,
+    num_gpus: int,
+    below_s: float,
+) -> list[Layout]:
+    """Layouts as above, from what they depend on: a question is asked more than once."""
+    given = (work, StageTimes(dict(seconds), "", ulysses), hardware, num_gpus)
     found = [fused_layout(*given)] if fused_maps(work, num_gpus) else []
     if num_gpus >= _LEAST_GPUS["map"] and (mapped := map_layout(*given, below_s)):
         found.append(mapped)
@@ -368,8 +382,12 @@ def _fewest_gpus(work: Workload, hardware: Hardware, num_gpus: int) -> int | Non
 
 def _least_memory(work: Workload, hardware: Hardware, num_gpus: int) -> Hardware | None:
     """The smallest GPUs that an iteration fits; None: the largest do not suffice."""
+    layouts = _memory_of_layouts(work, num_gpus)
     sizes = [replace(hardware, memory_gb=float(gb)) for gb in range(0, _MOST_MEMORY_GB + 1, 8)]
-    return next((one for one in sizes if run_fits(work, one, num_gpus)), None)
+    fits = (
+        one for one in sizes for parts in layouts if all(part.fits(one) for part in parts.values())
+    )
+    return next(fits, None)
 
 
 def _doubled(number: int, most: int) -> Iterator[int]:

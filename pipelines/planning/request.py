@@ -153,7 +153,8 @@ def _of_one_kind(request: Request, config: DistillConfig, hardware: Hardware) ->
     if request.fit and fastest is not None:
         work, saved, times = fastest.work, fastest.settings, times_of(fastest.work)
         config = load_recipe(request.recipe, [*request.overrides, *saved])
-    suited = replace(work, batch_size=find_batch(work, times, hardware, for_roles))
+    size = find_batch(work, times, hardware, for_roles)
+    suited = work if size == work.batch_size else replace(work, batch_size=size)
     try:
         result, other = (
             replace(make_plan(one, times, hardware, for_roles, beside), memory_settings=saved)

@@ -28,7 +28,7 @@ from pipelines.planning.memory import (
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.traffic import gathered_bytes, result_bytes
 from pipelines.planning.workload import Workload
-from pipelines.stages.algorithm import SAMPLE, STAGES, TRACK, TRAINED_WEIGHTS
+from pipelines.stages.algorithm import SAMPLE, TRACK, TRAINED_WEIGHTS
 from sgmd_core.objectives import ComparedStates
 
 MAX_DEPTH = 4
@@ -39,6 +39,7 @@ _TEACHER_RANKS = (1, 2, 4, 8)
 _RATIOS = ((1, 1), (4, 3), (3, 2), (2, 1), (3, 4), (2, 3), (1, 2), (3, 1))
 """Fake score to generator; others would need batches of many more samples than there are GPUs."""
 _MOST_FREE_PARTS = 33
+_TRACKING = {(stage.role, stage.name) for stage in (SAMPLE, TRACK)}
 _AS_FAST = 1.01
 """Times that are taken for equal: then fewer GPUs and less memory decide."""
 
@@ -66,7 +67,13 @@ class PoolSplit:
     @property
     def num_gpus(self) -> int:
         """GPUs of the three roles."""
-        return sum(team.size for team in self.teams.values())
+        return sum(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Processes of each role."""
+        teachers = self.teacher * self.teacher_ranks
+        return {GENERATOR: self.generator, TEACHER: teachers, FAKE_SCORE: self.fake_score}
 
     @property
     def teams(self) -> dict[str, Team]:
@@ -279,11 +286,11 @@ def _bound_s(
 ) -> float:
     """About what an iteration takes: the busiest role, and what the others do before and after."""
     samples = work.batch_size // split.micro_batches
-    own = work_s(split, work.batch_size)
+    own, sizes = work_s(split, work.batch_size), split.sizes
     one = {role: 0.0 for role in ROLES}
     for (role, stage), seconds in times.seconds.items():
-        if STAGES[role, stage] not in (SAMPLE, TRACK):
-            one[role] += seconds * samples / min(split.teams[role].size, samples)
+        if (role, stage) not in _TRACKING:
+            one[role] += seconds * samples / min(sizes[role], samples)
     # A role is idle while the first micro-batch is on its way to it, and after the last one.
     return max(own[role] + sum(one.values()) - one[role] for role in ROLES)
 

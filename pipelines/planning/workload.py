@@ -16,8 +16,8 @@ walk makes both (`fake_score.walk`).
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Self
+from functools import cached_property, wraps
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from cluster.schedule.program import Program
 from pipelines.config.recipe import DistillConfig
@@ -63,6 +63,11 @@ COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
 
 StageName = tuple[str, str]
 """Role and stage."""
+
+_Arguments = ParamSpec("_Arguments")
+_Figure = TypeVar("_Figure")
+
+_TRACKING = {(stage.role, stage.name) for stage in (SAMPLE, TRACK)}
 
 
 # Without slots: the work of a stage is found once for all layouts that a search looks at.
@@ -201,7 +206,7 @@ class Workload:
             paired=config.fake_score.gap == "shuffled",
         )
 
-    @property
+    @cached_property
     def other_walk(self) -> "Workload | None":
         """The same iteration with the other setting of `fake_score.walk`; None: there is none."""
         possible = self.may_walk_once and FAKE_SCORE in self.checkpointing
@@ -278,7 +283,12 @@ class Workload:
 
     def updates_with(self, stage: StageName) -> int:
         """Times that an iteration goes through a stage: fresh tracking repeats its own."""
-        return self.kind.tracking_updates if STAGES[stage] in (SAMPLE, TRACK) else 1
+        return self.kind.tracking_updates if stage in _TRACKING else 1
+
+    @cached_property
+    def remembered(self) -> dict[Any, Any]:
+        """Figures of the iteration that have been asked for: see `remember`."""
+        return {}
 
     @property
     def program(self) -> Program:
@@ -359,6 +369,25 @@ class Workload:
             guided=self.guided,
             anchor_steps=self.diversity.num_anchor_steps,
         )
+
+
+def remember(
+    figure: Callable[Concatenate[Workload, _Arguments], _Figure],
+) -> Callable[Concatenate[Workload, _Arguments], _Figure]:
+    """Decorates a figure of a workload so that it is found once for the same arguments.
+
+    A search for a layout asks for the same few thousands of times. The figure is kept with the
+    workload, so it has to be one that nobody changes.
+    """
+
+    @wraps(figure)
+    def found(work: Workload, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Figure:
+        known, key = work.remembered, (figure, args, tuple(kwargs.items()))
+        if key not in known:
+            known[key] = figure(work, *args, **kwargs)
+        return known[key]
+
+    return found
 
 
 def mean_over_sizes(

@@ -2,7 +2,9 @@
 
 import json
 import math
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipelines.config.recipe import load_recipe
@@ -27,6 +29,14 @@ NUM_ITERATIONS = 60
 
 def write_sheet(folder: Path, name: str, *, generator_seed: int = 1) -> None:
     """A contact sheet of two captions, the clips rendered as the data set renders them."""
+    for file, content in _sheet(name, generator_seed).items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(content)
+
+
+@cache
+def _sheet(name: str, generator_seed: int) -> dict[str, bytes]:
+    """Files of a sheet, drawn once: clips take the longest of all that a run has."""
     reference, captions = render_batch(0, [1, 2], ClipSplit.TRAIN)
     own, _ = render_batch(generator_seed, [1, 2], ClipSplit.TRAIN)
     groups = [
@@ -34,9 +44,12 @@ def write_sheet(folder: Path, name: str, *, generator_seed: int = 1) -> None:
         SheetGroup("teacher, 4 steps", "unguided", list(reference[::-1])),
         SheetGroup("generator, 4 steps", "unguided", list(own)),
     ]
-    folder.mkdir(exist_ok=True)
-    png, gif = folder / f"{name}.png", folder / f"{name}.gif"
-    write_contact_sheet(png, gif, groups, [str(caption) for caption in captions], fps=FPS)
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        png, gif = folder / f"{name}.png", folder / f"{name}.gif"
+        write_contact_sheet(png, gif, groups, [str(caption) for caption in captions], fps=FPS)
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def start_run(

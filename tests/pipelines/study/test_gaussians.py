@@ -201,21 +201,21 @@ def test_phases_are_refused_in_worlds_without_a_step_at_their_boundary():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "objective",
+    ("objective", "iterations"),
     [
-        {"method": "rcm", "matching_weight": 0.0, "fake_updates": 1},
-        {"method": "tmd", "stage": "meanflow", "fake_updates": 1},
+        ({"method": "rcm", "matching_weight": 0.0, "fake_updates": 1}, 300),
+        ({"method": "tmd", "stage": "meanflow", "fake_updates": 1}, 600),
     ],
     ids=["scm", "meanflow"],
 )
-def test_terms_on_data_alone_come_close_to_the_truth(objective: dict):
+def test_terms_on_data_alone_come_close_to_the_truth(objective: dict, iterations: int):
     sizes = ("batch_size=128", "networks.width=32", "num_samples=1024")
     world = "worlds={single: {dim: 2, modes: 1, spread: 0.5, num_steps: 1}}"
     before, after = (
         Truth(mixture_of(recipe(world).worlds["single"]), 1024).figures(
             distilled(objective, count, "single", *sizes, world).samples(1024)[0], 0
         )
-        for count in (0, 600)
+        for count in (0, iterations)
     )
     assert before["spread"] == pytest.approx(2, abs=0.1)
     assert after["spread"] == pytest.approx(1, abs=0.15)
