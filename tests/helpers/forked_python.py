@@ -9,9 +9,11 @@ Modules of this project are never among them, so a process reads those that its 
       client    asks the server and waits (`forked_client.py`); signals go on to the process
     server      imports libraries, then forks for each request, and says how the process has ended
       process   a session of its own; ends when its client is gone
+      server    one for each group of settings of Ray: has imported Ray as well, and forks what
+                surely imports it
 
-Not among the libraries are Ray, which keeps the environment in which it was imported, and what
-starts threads, such as pyarrow.
+Ray keeps the settings with which it was imported. Not among the libraries is what starts threads,
+such as pyarrow.
 """
 
 import atexit
@@ -77,6 +79,30 @@ _LIBRARIES = (
     "tracemalloc",
     "typer",
 )
+_OF_RAY = (
+    "ray",
+    "ray.scripts.scripts",
+    "ray.job_submission",
+    "ray.dashboard.head",
+    "ray.dashboard.agent",
+    "ray.dashboard.modules.job.job_head",
+    "ray.dashboard.modules.job.job_agent",
+    "ray.dashboard.modules.job.job_manager",
+    "ray.dashboard.modules.reporter.reporter_agent",
+    "ray.dashboard.modules.metrics.metrics_head",
+    "ray._private.runtime_env.agent.runtime_env_agent",
+    "ray._private.log_monitor",
+    "ray.autoscaler._private.monitor",
+    "ray.autoscaler.v2.monitor",
+)
+_USES_RAY = ("ray.scripts.scripts", "pipelines.cli", "pipelines.submitting.in_job")
+"""Modules that are run and import Ray, besides Ray's own scripts."""
+_OF_ONE_PROCESS = {
+    *("RAY_ADDRESS", "RAY_JOB_ID", "RAY_NODE_ID", "RAY_RAYLET_PID"),
+    *("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_STOP_WAIT_TIME_S", "RAY_USAGE_STATS_ENABLED"),
+    *("RAY_LD_PRELOAD_ON_WORKERS", "RAY_IGNORE_UNHANDLED_ERRORS", "RAY_TMPDIR"),
+}
+"""Variables of Ray that it reads when they are used and not when it is imported."""
 _SHARED = "SGMD_TESTS_FORKED_PYTHON"
 _AGENTS = ("dashboard/agent.py", "runtime_env/agent/main.py")
 """Ends of the paths of Ray's agents."""
@@ -212,19 +238,30 @@ def kill(process: subprocess.Popen[Any]) -> None:
 
 
 class _Server:
-    """Forks a process a request; tells each client how its process has ended."""
+    """Forks a process a request; tells each client how its process has ended.
+
+    Args:
+        listener: Where clients ask; of a server with Ray, where another server passes them on.
+        environments: Of processes that would read what the libraries have read.
+    """
 
     def __init__(self, listener: socket.socket, *environments: dict[str, str]) -> None:
-        self._listener, self._environments = listener, environments
+        self._environments = environments
+        self._serve_at(listener, with_ray=False)
+
+    def _serve_at(self, listener: socket.socket, *, with_ray: bool) -> None:
+        self._listener, self._with_ray = listener, with_ray
         self._select = selectors.DefaultSelector()
         self._select.register(0, selectors.EVENT_READ)
         self._select.register(listener, selectors.EVENT_READ)
         self._clients: dict[socket.socket, tuple[int, int]] = {}
+        self._servers: dict[frozenset[tuple[str, str]], socket.socket] = {}
 
     def serve(self) -> dict[str, Any] | None:
         """Returns a request in the process that was forked for it; None at the end of the tests."""
         while True:
-            for key, _ in self._select.select():
+            select = self._select
+            for key, _ in select.select():
                 if key.fileobj == 0:
                     self._end_all()
                     return None
@@ -232,38 +269,82 @@ class _Server:
                     request = self._take()
                     if request is not None:
                         return request
+                    if self._select is not select:
+                        break  # This process has become a server with Ray.
                 elif isinstance(key.fileobj, socket.socket):
                     self._client_has_gone(key.fileobj)
                 else:
                     self._process_has_ended(key.data)
 
     def _take(self) -> dict[str, Any] | None:
-        client, _ = self._listener.accept()
-        client.settimeout(5)
+        """Forks for a request, or passes it on; returns it in the process that is to run it."""
         files: list[int] = []
+        if self._with_ray:
+            try:
+                body = _receive(self._listener, files)
+            except OSError:  # The server that passes requests on was killed.
+                self._end_all()
+                os._exit(1)
+            client = socket.socket(fileno=files.pop(0))
+        else:
+            client, _ = self._listener.accept()
+        client.settimeout(5)
         try:
-            request = _receive(client, files)
+            if not self._with_ray:
+                body = _receive(client, files)
+            request = json.loads(body)
             if not _is_same(request["environment"], self._environments):
                 client.sendall(b"-")
-                raise ValueError("another environment")
-            client.sendall(b"+")
-            pid = os.fork()
-            if pid == 0:
-                self._close()
-                client.close()
+            elif not self._with_ray and _uses_ray(request["start"]):
+                server = self._with_settings(_settings_of_ray(request["environment"]))
+                if server is not None:
+                    _send(server, body, [client.fileno(), *files])
+            elif self._fork(client):
                 request["received"] = files
+                if self._with_ray:
+                    # As Ray leaves it when it is imported.
+                    request["environment"]["RAY_CLIENT_MODE"] = "0"
                 return request
-            handle = os.pidfd_open(pid)
-            self._clients[client] = (pid, handle)
-            self._select.register(client, selectors.EVENT_READ)
-            self._select.register(handle, selectors.EVENT_READ, client)
-            client.sendall(b"%d\n" % pid)
         except (OSError, ValueError):
-            if client not in self._clients:
-                client.close()
+            pass
+        if client not in self._clients:
+            client.close()
         for file in files:
             os.close(file)
         return None
+
+    def _fork(self, client: socket.socket) -> bool:
+        """Returns True in the fork, and False in the server."""
+        client.sendall(b"+")
+        pid = os.fork()
+        if pid == 0:
+            self._close()
+            client.close()
+            return True
+        handle = os.pidfd_open(pid)
+        self._clients[client] = (pid, handle)
+        self._select.register(client, selectors.EVENT_READ)
+        self._select.register(handle, selectors.EVENT_READ, client)
+        client.sendall(b"%d\n" % pid)
+        return False
+
+    def _with_settings(self, settings: frozenset[tuple[str, str]]) -> socket.socket | None:
+        """Returns the way to the server that has imported Ray with these settings.
+
+        Where there is none, one is forked: in it this returns None, and it serves from then on.
+        """
+        if settings not in self._servers:
+            self._servers[settings], far = socket.socketpair()
+            if os.fork() == 0:
+                self._close()
+                for name in [name for name in os.environ if name.startswith("RAY_")]:
+                    del os.environ[name]
+                os.environ.update(settings)
+                _import(_OF_RAY)
+                self._serve_at(far, with_ray=True)
+                return None
+            far.close()
+        return self._servers[settings]
 
     def _end_all(self) -> None:
         """Leaves no process behind when the tests end, or are killed."""
@@ -293,11 +374,20 @@ class _Server:
         for client, (_, handle) in self._clients.items():
             client.close()
             os.close(handle)
+        for server in self._servers.values():
+            server.close()
 
 
-def _receive(client: socket.socket, files: list[int]) -> dict[str, Any]:
+def _send(way: socket.socket, body: bytes, files: list[int]) -> None:
+    socket.send_fds(way, [len(body).to_bytes(8, "big")], files)
+    way.sendall(body)
+
+
+def _receive(client: socket.socket, files: list[int]) -> bytes:
     head, received, _, _ = socket.recv_fds(client, 8, 64)
     files += received
+    if not head:
+        raise OSError("the client has gone")
     left = int.from_bytes(head, "big")
     parts: list[bytes] = []
     while left:
@@ -305,7 +395,41 @@ def _receive(client: socket.socket, files: list[int]) -> dict[str, Any]:
         if not parts[-1]:
             raise OSError("the client has gone")
         left -= len(parts[-1])
-    return json.loads(b"".join(parts))
+    return b"".join(parts)
+
+
+def _uses_ray(start: Sequence[str]) -> bool:
+    """Returns True for the commands of this project, and of Ray, that import Ray in any case.
+
+    Not for its workers: when it is imported, Ray reads which job and which raylet they belong to.
+    """
+    how, *rest = [word for word in start if word not in ("-P", "-u")]
+    if how == "-m":
+        return rest[0] in _USES_RAY
+    return "/site-packages/ray/" in how and not how.endswith("_worker.py")
+
+
+def _settings_of_ray(environment: dict[str, str]) -> frozenset[tuple[str, str]]:
+    return frozenset(
+        (name, text)
+        for name, text in environment.items()
+        if name.startswith("RAY_") and name not in _OF_ONE_PROCESS
+    )
+
+
+def _import(libraries: Sequence[str]) -> None:
+    """Imports what forks are to share; the collector would write to every object of it."""
+    import gc
+
+    gc.disable()
+    for library in libraries:
+        with suppress(Exception):
+            import_module(library)
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+    # What forks has one thread: a lock that another one holds would stay closed for ever.
+    assert len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208
 
 
 def _is_same(environment: dict[str, str], ours: Sequence[dict[str, str]]) -> bool:
@@ -456,21 +580,11 @@ def _take_files(numbers: list[int], received: list[int]) -> None:
 
 def serve_forks(listener: socket.socket, executable: str) -> None:
     """Forks for every request until standard input ends; a fork ends as an interpreter does."""
-    import gc
-
     # Some libraries set variables.
     environment = dict(os.environ)
     if listener not in select([listener, sys.stdin], [], [])[0]:
         return  # The tests have ended, and nobody has asked.
-    gc.disable()
-    for library in _LIBRARIES:
-        with suppress(Exception):
-            import_module(library)
-    gc.enable()
-    gc.collect()
-    gc.freeze()
-    # What forks has one thread: a lock that another one holds would stay closed for ever.
-    assert len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208
+    _import(_LIBRARIES)
     request = _Server(listener, environment, dict(os.environ)).serve()
     if request is not None:
         _run(request, executable)
