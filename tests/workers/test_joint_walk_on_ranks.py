@@ -46,11 +46,10 @@ UNEVEN = ((0, 1), (2,))
 AGAIN = ComputeSettings(checkpointing=True)
 RUNS: dict[str, dict[str, Any]] = {
     "sgmd": {},
-    "paper": {"form": "paper"},
+    "paper, offload": {"form": "paper", "compute": replace(AGAIN, checkpointing="offload")},
     "tsg_sim": {"objective": TsgSimObjective()},
     "bf16": {"compute": replace(AGAIN, precision="bf16")},
     "adapters": {"lora": LoraSettings(rank=4, alpha=8.0)},
-    "offload": {"compute": replace(AGAIN, checkpointing="offload")},
     "ulysses": {"compute": replace(AGAIN, ulysses=2)},
 }
 
