@@ -257,6 +257,8 @@ def _start_head(
         *(f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}"),
         *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={ports[2]}"),
         *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"),
+        # Jobs bring files of their own: workers that are started before cannot serve them.
+        '--system-config={"prestart_worker_first_driver": false}',
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     # Commands of jobs find the interpreter of these tests under the name python.
