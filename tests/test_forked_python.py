@@ -34,9 +34,10 @@ from tests.helpers.namespaces import python_of
 
 LOADED = "import sys; print('torch' in sys.modules)"
 WAITING = """
-import signal, sys, time
+import os, signal, sys, time
 def heard(number, frame):
-    print("heard", number, flush=True)
+    # Not by print: the signal may come while the line below is being written.
+    os.write(1, b"heard %d\\n" % number)
     sys.exit(7)
 signal.signal(signal.SIGTERM, heard)
 print("ready", flush=True)
