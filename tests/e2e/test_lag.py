@@ -3,11 +3,13 @@
 import math
 import os
 import signal
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
 from pipelines.config.lag import LagSettings
+from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.lag import LagGovernor, LagWatch, no_lag
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
@@ -30,6 +32,20 @@ def without_lag(lines: list[dict[str, object]]) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if key != "lag"} for line in lines]
 
 
+@pytest.fixture(scope="module")
+def measured(module_recipe: MakeRecipe) -> Callable[[str], DistillConfig]:
+    """A finished run whose lag was measured, made once for each setting beside."""
+    made: dict[str, DistillConfig] = {}
+
+    def run_of(mode: str) -> DistillConfig:
+        if mode not in made:
+            made[mode] = module_recipe(f"name=measured-{len(made)}", mode, *MEASURED)
+            distill(made[mode])
+        return made[mode]
+
+    return run_of
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
@@ -40,21 +56,20 @@ def without_lag(lines: list[dict[str, object]]) -> list[dict[str, object]]:
     ),
 )
 def test_a_run_that_is_measured_has_the_bits_of_one_that_is_not(
-    make_recipe: MakeRecipe, mode: str
+    make_recipe: MakeRecipe, measured: Callable[[str], DistillConfig], mode: str
 ) -> None:
     calm = make_recipe("name=calm", mode)
     distill(calm)
-    measured = make_recipe("name=measured", mode, *MEASURED)
-    distill(measured)
-    found = lags(history(measured))
+    beside = measured(mode)
+    found = lags(history(beside))
     assert list(found) == [2, 4]
     for figures in found.values():
         assert set(figures) == {"tracking_lag", "held_tracking", "copy_rate"}
         assert 0 < figures["tracking_lag"] < 1
         assert figures["copy_rate"] in (1.0, 10.0)
     # Nothing but the figures was added, and every weight and moment is the same.
-    assert without_lag(history(measured)) == history(calm)
-    assert state(measured, 5) == state(calm, 5)
+    assert without_lag(history(beside)) == history(calm)
+    assert state(beside, 5) == state(calm, 5)
     # Depth and micro-batches in flight change no draw of it either.
     split = make_recipe("name=split", mode, *MEASURED, "topology.depth=1")
     distill(split)
@@ -63,10 +78,10 @@ def test_a_run_that_is_measured_has_the_bits_of_one_that_is_not(
 
 @pytest.mark.slow
 def test_a_governed_run_that_was_killed_goes_on_with_the_same_bits(
-    make_recipe: MakeRecipe,
+    make_recipe: MakeRecipe, measured: Callable[[str], DistillConfig]
 ) -> None:
-    calm, whole = (make_recipe(f"name={n}", *s) for n, s in (("calm", MEASURED), ("w", GOVERNED)))
-    distill(calm)
+    calm, whole = measured("fake_score.tracking=shared"), make_recipe("name=whole", *GOVERNED)
+    assert whole.fake_score.tracking == calm.fake_score.tracking
     distill(whole)
     rates = [figures["generator_rate"] for figures in lags(history(whole)).values()]
     assert rates == [0.5, 0.25]
@@ -89,11 +104,12 @@ def test_a_governed_run_that_was_killed_goes_on_with_the_same_bits(
 
 @pytest.mark.slow
 def test_a_stop_ends_a_measurement_and_saves_the_state_before_it(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+    make_recipe: MakeRecipe,
+    measured: Callable[[str], DistillConfig],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    whole = measured("fake_score.tracking=fresh")
     settings = (*MEASURED, "fake_score.tracking=fresh", "checkpoint.every=0")
-    whole = make_recipe("name=whole", *settings)
-    distill(whole)
     made: list[float] = []
     extra_step = RoleOptimizer.extra_step
 

@@ -50,7 +50,7 @@ CAPTIONS = captions(ClipSplit.HELD_OUT)[:4]
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
 OPTIONS = EvaluationOptions(
     num_captions=8,
-    batch_size=4,
+    batch_size=8,
     teacher_steps=3,
     guidance_scale=2.0,
     num_bootstraps=5,
@@ -377,7 +377,9 @@ class TestFiles:
 
     @pytest.mark.slow
     def test_another_seed_or_another_teacher_is_sampled_anew(self, evaluation, place, tmp_path):
-        again = run_evaluation(place, place / "result", seed=7)
+        # In two batches a set.
+        again = run_evaluation(place, place / "result", seed=7, batch_size=4)
+        assert again.batch_size == 4
         assert not any(row.remembered for row in again.rows)
         other = evaluate(
             place / "generator",
