@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,26 +12,41 @@ REVISION_VARIABLE = "SGMD_GIT_REVISION"
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers of a run."""
-    found: dict[str, str] = {}
-    for name in TRACKED_PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    """Versions of the packages that decide the numbers of a run.
+
+    They are looked up once: what a process has imported stays, whatever is installed meanwhile.
+    """
+    return {name: _version_of(name) for name in TRACKED_PACKAGES}
 
 
-def git_revision(source: Path = Path(__file__).parent) -> str:
+@cache
+def _version_of(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def git_revision(source: Path | None = None) -> str:
     """Revision of a source tree, marked `+changes` when it has any; empty outside of git.
 
     A submitted job has no `.git`; `sgmd submit` sends the revision along.
 
     Args:
-        source: A folder of the tree; by default of this one.
+        source: A folder of the tree; None: this one, which is looked at once, as its modules are
+            imported once.
     """
     if REVISION_VARIABLE in os.environ:
         return os.environ[REVISION_VARIABLE]
+    return _own_revision() if source is None else _revision_of(source)
+
+
+@cache
+def _own_revision() -> str:
+    return _revision_of(Path(__file__).parent)
+
+
+def _revision_of(source: Path) -> str:
     try:
         revision = _git(source, "rev-parse", "HEAD")
         changes = _git(source, "status", "--porcelain", "--untracked-files=no")

@@ -9,6 +9,7 @@ from pipelines.distillation.preflight import run_preflight
 from pipelines.evaluation.run import evaluate
 from pipelines.generate import generate
 from pipelines.reporting.page import write_report
+from pipelines.run import revision
 from pipelines.run.outputs import require_lasting_folder
 from pipelines.run.revision import REVISION_VARIABLE, git_revision
 from sgmd_core.errors import ConfigError
@@ -82,3 +83,10 @@ def test_the_package_folder_of_a_job_is_refused(tmp_path, monkeypatch):
 def test_a_job_knows_the_revision_that_was_submitted(monkeypatch):
     monkeypatch.setenv(REVISION_VARIABLE, "abc123+changes")
     assert git_revision() == "abc123+changes"
+
+
+def test_the_own_tree_has_the_revision_that_git_names(monkeypatch):
+    monkeypatch.delenv(REVISION_VARIABLE, raising=False)
+    ours = git_revision(Path(revision.__file__).parent)
+    assert (git_revision(), git_revision()) == (ours, ours)
+    assert git_revision(Path("/")) == ""
