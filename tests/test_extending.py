@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from tests.helpers.small_network import (
     x0_prediction,
 )
 from tests.helpers.toy_family import write_toy
-from workers.measures import ENTRY_POINTS, MEASURES, load_measure
+from workers.measures import ENTRY_POINTS, MEASURES, load_measure, measure_source
 from workers.models.family import Denoiser, ModelFamily
 from workers.models.shape import DenoiserShape
 
@@ -173,6 +175,43 @@ def test_a_measure_under_the_name_of_another_is_refused():
     assert load_measure(point, []) == FLOW
     with pytest.raises(ConfigError, match="a second flow"):
         load_measure(point, MEASURES)
+
+
+RATIO_OF_FLOW = replace(FLOW, name="flow_ratio", has_ratio=False)
+SPEED = replace(FLOW, name="speed")
+BUILT_IN = replace(FLOW, name="built_in", function=torch.Tensor.mean)
+PARTIAL = replace(FLOW, name="partial", function=partial(FLOW.function, *()))
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"), [("RATIO_OF_FLOW", "flow_ratio"), ("SPEED", "speed_ratio")]
+)
+def test_a_measure_whose_figure_is_the_ratio_of_another_is_refused(name, taken):
+    with pytest.raises(ConfigError, match=f"a second {taken}"):
+        load_measure(EntryPoint("odd", f"tests.test_extending:{name}", ENTRY_POINTS), MEASURES)
+
+
+def test_a_measure_whose_function_has_no_source_file_is_refused():
+    assert measure_source(PARTIAL.function) == measure_source(FLOW.function)
+    point = EntryPoint("odd", "tests.test_extending:BUILT_IN", ENTRY_POINTS)
+    with pytest.raises(ConfigError, match="a module with a source file"):
+        load_measure(point, MEASURES)
+
+
+def test_a_measure_that_cannot_be_used_is_left_out_with_a_warning(tmp_path):
+    package = write_package(tmp_path, f"[{ENTRY_POINTS}]\nodd = no_package:A\n")
+    shown = "from workers.measures import MEASURES; print(len(MEASURES))"
+    done = subprocess.run(
+        [forked_python(), "-c", shown],
+        cwd=package,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout == f"{len(MEASURES)}\n"
+    assert "a measure is left out: " in done.stderr
+    assert "No module named 'no_package'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import logging
-import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -68,16 +67,18 @@ def set_name(model_digest: str, request: ClipRequest, facts: Sequence[object]) -
         facts: Everything else that decides the clips and their features, such as their size, the
             flow shift, and the network that describes them.
     """
-    sources = [Path(str(module.__file__)).read_bytes() for module in _MEASURING]
-    # Measures of other packages, by the modules that their functions are defined in.
-    modules = {function.__module__ for function in measures.CLIP_MEASURES.values()}
-    for name in sorted(modules - {measures.__name__}):
-        sources.append(Path(str(sys.modules[name].__file__)).read_bytes())
+    own = [Path(str(module.__file__)) for module in _MEASURING]
+    # Measures of other packages: the version of a package stands for its other modules.
+    functions = measures.CLIP_MEASURES.values()
+    others = {path for each in functions if (path := measures.measure_source(each)) is not None}
+    sources = [path.read_bytes() for path in (*own, *sorted(others.difference(own)))]
     everything = {
         "model": model_digest,
         "request": asdict(request),
         "facts": [str(fact) for fact in facts],
         "measure": [hashlib.sha256(source).hexdigest() for source in sources],
+        "measures": sorted(measures.CLIP_MEASURES),
+        "packages": sorted(measures.OUTSIDE_ORIGINS),
     }
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:20]
 

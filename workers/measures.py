@@ -9,15 +9,22 @@ in by the entry point group `sgmd.measures`, whose values are objects of `Measur
     [project.entry-points."sgmd.measures"]
     brightness = "my_package.brightness:BRIGHTNESS"
 
-The package must be installed wherever a clip is measured. No measure here needs a trained network.
+The package must be installed wherever a clip is measured. One that cannot be used costs a warning,
+and its figures are unknown. No measure here needs a trained network.
 """
 
-from collections.abc import Sequence
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sgmd_core.errors import ConfigError
 from sgmd_core.extensions import Extension
 from sgmd_core.metrics.appearance import contrast, saturation, sharpness
 from sgmd_core.metrics.distributions import (
@@ -40,6 +47,9 @@ from workers.measure import ClipView, Measure
 ENTRY_POINTS = "sgmd.measures"
 MIN_FRAMES = 3
 """Smoothness compares two successive steps of a motion."""
+_MADE_OF_OTHERS = ("above_floor", "ratio", "speed_ratio")
+"""Figures of an evaluation that are no measures of their own."""
+_log = logging.getLogger(__name__)
 
 _OWN: tuple[Measure, ...] = (
     Measure(
@@ -233,27 +243,56 @@ def load_measure(point: EntryPoint, others: Sequence[Measure]) -> Measure:
         others: Measures that have a name already.
 
     Raises:
-        ConfigError: It cannot be imported, is no `Measure` with a function, or takes the name of
-            another measure.
+        ConfigError: It cannot be imported, is no `Measure` with a function, has a function without
+            a source file, or takes the name of another figure, ratios included.
     """
     extension = Extension("measure", point)
     expected = "an object of sgmd.Measure with a function of single clips"
     measure = extension.load(expected)
     if not isinstance(measure, Measure) or measure.function is None:
         raise extension.refusal(repr(measure), expected)
-    if measure.name in {other.name for other in others}:
-        raise extension.refusal(f"a second {measure.name}", "a name of its own")
+    if measure_source(measure.function) is None:
+        found = f"the function {measure.function!r}"
+        raise extension.refusal(found, "a function of a module with a source file")
+    taken = {name for other in others for name in _figure_names(other)} | {*_MADE_OF_OTHERS}
+    if twice := sorted(taken.intersection(_figure_names(measure))):
+        raise extension.refusal(f"a second {', '.join(twice)}", "names of its own")
     return measure
 
 
-def _with_those_from_outside() -> tuple[Measure, ...]:
-    found = list(_OWN)
+def measure_source(function: Callable[..., Any]) -> Path | None:
+    """File of the module that a measure's function is defined in; None where there is none."""
+    while isinstance(function, partial):
+        function = function.func
+    module = sys.modules.get(str(getattr(function, "__module__", "")))
+    file = getattr(module, "__file__", None)
+    return Path(file) if file and Path(file).is_file() else None
+
+
+def _figure_names(measure: Measure) -> tuple[str, ...]:
+    return (measure.name, f"{measure.name}_ratio") if measure.has_ratio else (measure.name,)
+
+
+def _from_outside() -> dict[EntryPoint, Measure]:
+    found: dict[EntryPoint, Measure] = {}
     for point in sorted(entry_points(group=ENTRY_POINTS)):
-        found.append(load_measure(point, found))
-    return tuple(found)
+        try:
+            found[point] = load_measure(point, (*_OWN, *found.values()))
+        except ConfigError as error:
+            # Commands that measure nothing need none of them, and ours work without.
+            _log.warning("a measure is left out: %s", error)
+    return found
 
 
-MEASURES = _with_those_from_outside()
+_FROM_OUTSIDE = _from_outside()
+
+OUTSIDE_ORIGINS = tuple(
+    (measure.name, point.value, *((point.dist.name, point.dist.version) if point.dist else ()))
+    for point, measure in _FROM_OUTSIDE.items()
+)
+"""Origin of each measure of another package: its name, object, package and version."""
+
+MEASURES = (*_OWN, *_FROM_OUTSIDE.values())
 """Every measure, ours first, in the order in which readers meet them."""
 
 CLIP_MEASURES = {measure.name: measure.function for measure in MEASURES if measure.function}

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from threading import Event, Timer
 
@@ -15,6 +16,7 @@ from sgmd_core.worlds import WorldName
 from sgmd_core.worlds.readings import read_clips
 from tests.helpers.clip_samplers import REQUEST, CountingSampler
 from tests.helpers.logs import record_warnings
+from workers import measures
 from workers.clip_sets import ClipRequest, ClipSet
 from workers.clip_settings import VideoSettings
 from workers.kept_clips import KeptClips, clip_facts, load_clip_set, save_clip_set, set_name
@@ -84,6 +86,21 @@ def test_a_kept_set_is_not_sampled_again_unless_something_that_decides_it_has_ch
     # The same folder of weights at another path is the same model.
     moved = clip_facts(ModelSettings("moved"), VIDEO, SCHEDULE)
     assert replace(kept, facts=moved).get(REQUEST, sample).remembered
+
+
+def test_the_name_of_a_set_tells_the_measures_of_other_packages_and_their_versions(monkeypatch):
+    names = [set_name("digest", REQUEST, ())]
+    flow = measures.CLIP_MEASURES["flow"]
+    for function in (flow, partial(flow), record_warnings):
+        monkeypatch.setitem(measures.CLIP_MEASURES, "outside", function)
+        names.append(set_name("digest", REQUEST, ()))
+    for version in ("1.0", "1.1"):
+        origin = ("outside", "my_package:A", "my-package", version)
+        monkeypatch.setattr(measures, "OUTSIDE_ORIGINS", (origin,))
+        names.append(set_name("digest", REQUEST, ()))
+    # A function with some arguments given is of the same module, and the same version.
+    assert names[1] == names[2]
+    assert len(set(names)) == len(names) - 1
 
 
 def test_of_those_that_want_a_set_at_once_one_samples_it(tmp_path, monkeypatch):
