@@ -26,7 +26,7 @@ _SAID = {
     **{os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)},
     "database or disk is full": errno.ENOSPC,  # SQLite's, without a number
 }
-_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 # A path in words such as "adding a line to /runs/tiny/events.jsonl".
 _PATH = re.compile(r"(?<![\w:/])[\w.~-]*/[^\s,]+")
 _DISK = ("storage that works", "Check the path and the rights to it")
@@ -114,7 +114,7 @@ def room_at(place: str | Path) -> str:
 
 def _in_units(count: int) -> str:
     unit, name = next(each for each in _UNITS if count >= each[0] or each[0] == 2**10)
-    return f"{count / unit:.3g} {name}"
+    return f"{count / unit:.1f} {name}"
 
 
 def _path_of(error: BaseException) -> str:

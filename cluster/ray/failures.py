@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _PATIENCE_S = 5.0
 # Of Ray's text about an error that it has met in a process: the last is where it began.
 _SENDER = re.compile(r"actor_id=([0-9a-f]+), repr=([^)\n]*)\)")
+_NOTE = re.compile(r"^raised in ", re.MULTILINE)
 
 _FULL_STORE = (
     "an object store, and a disk to spill it to, that have room for the result",
@@ -147,7 +148,9 @@ def _beside_calls(
         Words that begin with a space; nothing where a note says it, or Ray does not.
     """
     found = _SENDER.findall(str(error))
-    if not found or any(note.startswith("raised in") for note in getattr(cause, "__notes__", ())):
+    notes = getattr(cause, "__notes__", ())
+    # Ray's text has the note of an error that is rebuilt here without its notes.
+    if not found or any(note.startswith("raised in") for note in notes) or _NOTE.search(str(error)):
         return ""
     actor, place = found[-1]
     methods = dict.fromkeys(

@@ -360,7 +360,9 @@ class Host:
             yield
         except Exception as error:
             calls = " and ".join(self._in_words(spec.worker, spec.method) for spec in specs)
-            raise self._portable(error, f"packing the result of {calls}", specs[-1].label) from None
+            labels = {spec.label for spec in specs}
+            label = labels.pop() if len(labels) == 1 else Label()
+            raise self._portable(error, f"packing the result of {calls}", label) from None
 
     def _in_words(self, worker: str, method: str) -> str:
         return f"{method}() of {worker} rank {self._rank_of(worker)}"
@@ -369,11 +371,15 @@ class Host:
         """The error with a note of where, or its words if it cannot be rebuilt elsewhere."""
         where = ", ".join(filter(None, (where, label.in_words)))
         trace = "".join(traceback.format_exception(error))
-        error.add_note(f"raised in {where}:\n{trace}")
+        note = f"raised in {where}:\n{trace}"
+        error.add_note(note)
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
-            return RemoteCallError(f"running {where}", f"{type(error).__name__}: {error}\n{trace}")
+            found = f"{type(error).__name__}: {error}\n{trace}"
+            told = RemoteCallError(f"running {where}", found)
+            told.add_note(note)
+            return told
         return error
 
 

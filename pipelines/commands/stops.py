@@ -1,7 +1,8 @@
 """Stops of a command that are asked for from outside: Ctrl-C, SIGTERM, SIGUSR1, SIGHUP.
 
     while the command line loads    ends the process at once: nothing has begun
-    while a command loads           the same: a module of commands imports before it begins
+    while a command loads           ends the process at once: a module of commands imports before it
+                                    begins, or after its work, which is kept
     while a library is imported     `KeyboardInterrupt`, once the import is over
     else                            `KeyboardInterrupt`, where the command is
     while the interpreter ends      ends the process at once: the command's exit code stands
@@ -59,7 +60,9 @@ class CommandStops:
             _end(self.exit_code)
         if self.received or not self.is_working or _loads(frame):
             again = f"{name} again: ended at once. What was written before is kept."
-            say_last(again if self.received else f"Stopped by {name}: nothing has begun.")
+            # A module may also load once the work is done.
+            first = f"Stopped by {name}" + ("." if self.is_working else ": nothing has begun.")
+            say_last(again if self.received else first)
             _end(128 + number)
         self.received, self._first_s = number, now_s
         raise_after_imports(KeyboardInterrupt(), frame)

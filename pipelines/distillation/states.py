@@ -410,10 +410,12 @@ class States:
     def last_good(self) -> str:
         """Says which state the run can be taken up at; waits a while for one being written."""
         self.give_up()
-        if not self._folder.config.exists():
-            return (
-                f"The files of {self._folder} are gone, deleted, moved or unmounted: put them back"
-                f" and go on with --resume {self._folder}, or start the run again."
+        if not self._has_files():
+            root, place = self._folder.root, str(self._folder)
+            return f"The files in {root} are gone, deleted, moved or unmounted: " + (
+                f"put them back and go on with --resume {place}, or start the run again."
+                if place == str(root)
+                else f"what was written to {place} is still there; go on with --resume {place}."
             )
         try:
             latest = self._checkpoints.latest()
@@ -432,6 +434,13 @@ class States:
             f"The last good state is {self._checkpoints.folder(latest)}; go on from it with"
             f" --resume {self._folder}."
         )
+
+    def _has_files(self) -> bool:
+        try:
+            return self._folder.config.exists()
+        except OSError:
+            # A mount that fails: what ends the run is the error to raise.
+            return False
 
     def _fetch(self, group: Any, pending: Sequence[Future[Any]], phase: str) -> list[Any]:  # noqa: ANN401
         return group.fetch(pending, timeout_s=self._config.topology.call_timeout_s, phase=phase)

@@ -81,6 +81,8 @@ _MAY_CHANGE = ("concurrent_trials",)
 _RECIPE = "recipe.yaml"
 # Of what a trial imports, what does not import Ray: a second of a core in each process.
 _MODULES_OF_TRIALS = ("pipelines.distillation.run", "pandas")
+# Beginnings of what Tune logs and this project says in other words.
+_SAID_HERE = ("Trials did not complete", "Stop signal received", "Experiment has been interrupted")
 _GO_ON = "Go on with: sgmd sweep RECIPE --resume"
 
 
@@ -118,13 +120,9 @@ def sweep(
     # Tune copies keys into the description of each trial's process, which Ray logs.
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_KEYS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # What they say there of failed trials, stops and populations is said in other words, or idle.
-    logging.getLogger(tune.run.__module__).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "Consider boosting PBT performance")
-    warnings.filterwarnings("ignore", module=r"sklearn\.gaussian_process")
     require_output_folder(config.output, "output")
     observer = observer or RunObserver()
-    with working_copy(sweep_place(config), ELSEWHERE):
+    with _without_idle_words(), working_copy(sweep_place(config), ELSEWHERE):
         folder = local_of(sweep_place(config))
         if resume == "auto":
             resume = (folder / _RECIPE).exists()
@@ -140,6 +138,24 @@ def sweep(
             book = TrialBook(folder / "trials.json", partial(publish_now, folder))
             events = TrialEvents(common, book, num_runs(config), observer, on_progress, on_trials)
             return _sweep(config, folder, common, book, events)
+
+
+@contextmanager
+def _without_idle_words() -> Iterator[None]:
+    """Leaves out, inside, what Tune says of trials, stops and populations that is said here too."""
+
+    def is_new(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_SAID_HERE)
+
+    log = logging.getLogger(tune.run.__module__)
+    log.addFilter(is_new)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Consider boosting PBT performance")
+            warnings.filterwarnings("ignore", module=r"sklearn\.gaussian_process")
+            yield
+    finally:
+        log.removeFilter(is_new)
 
 
 def _begin(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import fsspec
@@ -96,6 +97,7 @@ def test_a_full_disk_is_told_with_its_folder_and_its_room_by_whoever_meets_it(
 
 def test_room_is_told_of_local_places_alone(tmp_path: Path):
     assert room_at(tmp_path).startswith(f"{tmp_path} has ")
+    assert re.search(r"has \d+\.\d [KMGT]iB free of \d+\.\d [KMGT]iB", room_at(tmp_path))
     assert room_at("s3://bucket/runs") == room_at("") == ""
     assert with_room("full", FULL, "writing s3://bucket/run") == "full"
     assert with_room("full", FULL, f"writing file://{tmp_path}/a").startswith(

@@ -61,6 +61,13 @@ class UnpicklableError(Exception):
         super().__init__(f"{one} and {two}")
 
 
+class BareError(Exception):
+    """Loses its notes as it travels."""
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return BareError, self.args
+
+
 class Toy:
     """Keeps a list of what it was told, in order."""
 
@@ -120,6 +127,9 @@ class Toy:
 
     def explode_unpicklably(self) -> int:
         raise UnpicklableError(1, 2)
+
+    def explode_barely(self) -> int:
+        raise BareError("1 and 2")
 
     def foreign(self) -> object:
         """A record whose class this process alone has, as with another version of the code."""

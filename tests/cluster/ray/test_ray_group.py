@@ -16,7 +16,7 @@ from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
 from cluster.spans import labelled
 from sgmd_core.errors import NonFiniteError
-from tests.cluster.toys import WAIT_S, Toy, make_nothing, make_toy
+from tests.cluster.toys import WAIT_S, BareError, Toy, make_nothing, make_toy
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -78,8 +78,16 @@ def test_a_late_rank_is_named(second):
 
 
 def test_an_error_that_cannot_travel_is_told_in_words(second):
-    with pytest.raises(RemoteCallError, match="UnpicklableError: 1 and 2"):
+    with pytest.raises(RemoteCallError, match="UnpicklableError: 1 and 2") as caught:
         second.fetch([second.call_rank(0, Toy.explode_unpicklably)], WAIT_S, "training")
+    (note,) = caught.value.__notes__
+    assert note.startswith("raised in explode_unpicklably() of second rank 0:\n")
+
+
+def test_an_error_that_loses_its_notes_is_not_said_to_be_outside_of_its_call(second):
+    with pytest.raises(BareError, match="1 and 2") as caught:
+        second.fetch([second.call_rank(0, Toy.explode_barely)], WAIT_S, "training")
+    assert not getattr(caught.value, "__notes__", [])
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_words_that_a_library_ends_the_process_with_are_shown():
     ("state", "code", "said"),
     [
         ("pass", 130, "Stopped by SIGINT: nothing has begun."),
-        (f"stops.is_working = True; {LOADING}", 130, "Stopped by SIGINT: nothing has begun."),
+        (f"stops.is_working = True; {LOADING}", 130, "Stopped by SIGINT.\n"),
         ("stops.exit_code = 2", 2, "result"),
         ("stops.is_working = True; stops.received = 15", 130, "SIGINT again: ended at once."),
     ],

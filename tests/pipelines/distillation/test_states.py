@@ -1,5 +1,7 @@
 """States of a run that are being saved while something goes wrong: kept whole, or lost and said."""
 
+import errno
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -18,6 +20,7 @@ from pipelines.distillation.position import Position
 from pipelines.distillation.states import States
 from pipelines.run.folder import RunFolder
 from pipelines.run.observer import RunObserver
+from pipelines.run.places import add_copy, remove_copy
 from pipelines.run.publisher import Publisher
 from pipelines.run.stopping import StopNow
 from sgmd_core.errors import NonFiniteError, StaleCallError
@@ -93,7 +96,31 @@ def test_a_state_is_committed_after_a_stop_that_broke_off_the_wait_for_it(
 def test_a_run_whose_files_are_gone_is_not_told_to_go_on_from_nothing(world: World) -> None:
     assert "No state was saved" in world.states.last_good()
     shutil.rmtree(world.folder.root)
-    assert f"The files of {world.folder} are gone" in world.states.last_good()
+    assert f"The files in {world.folder.root} are gone" in world.states.last_good()
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_mount_that_fails_does_not_hide_what_ended_the_run(
+    world: World, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(path: Path, **_: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "stat", fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        world.folder.config.exists()
+    assert f"The files in {world.folder.root} are gone" in world.states.last_good()
+
+
+def test_of_a_lost_working_copy_what_its_address_has_is_said_to_be_there(world: World) -> None:
+    shutil.rmtree(world.folder.root)
+    add_copy(world.folder.root, "s3://bucket/runs/run")
+    try:
+        words = world.states.last_good()
+    finally:
+        remove_copy(world.folder.root)
+    assert words.startswith(f"The files in {world.folder.root} are gone")
+    assert "s3://bucket/runs/run is still there; go on with --resume s3://bucket" in words
 
 
 def test_a_repair_keeps_the_save_of_processes_that_live(
