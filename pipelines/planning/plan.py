@@ -335,7 +335,9 @@ def _memory_of_layouts(work: Workload, num_gpus: int) -> list[dict[str, RankMemo
     """Memory of a rank of each pool, in every layout."""
     layouts = [dict(rank_memory(work, split)) for split in candidates(work, num_gpus)]
     layouts += [map_memory(work, one) for one in pool_maps(work, num_gpus)]
-    return [*layouts, {"all roles": fused_memory(work, num_gpus)}]
+    if fused_maps(work, num_gpus):
+        layouts.append({"all roles": fused_memory(work, num_gpus)})
+    return layouts
 
 
 def _remedies(work: Workload, hardware: Hardware, num_gpus: int) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """All roles on every GPU: samples a call, ranks on one machine, and ranks that share samples."""
 
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -10,7 +11,7 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.layouts import Layout, fastest_map, fused_layout
 from pipelines.planning.plan import best_layouts, make_plan
-from pipelines.planning.pool_maps import FUSED, PoolMap, fused_map, fused_maps
+from pipelines.planning.pool_maps import FUSED, PoolMap, fused_map, fused_maps, fused_memory
 from pipelines.planning.search import PoolSplit, candidates, find_best, predict
 from pipelines.planning.stage_times import modelled
 from pipelines.planning.workload import Workload
@@ -121,3 +122,19 @@ def test_a_batch_that_leaves_ranks_without_samples_is_refused_by_what_it_lacks()
     assert {name: pool.gpus for name, pool in plan.best.pools.items()} == {"learn": 4, "score": 1}
     assert plan.left_out[FUSED].startswith("leaves ranks without samples")
     assert fused_map(work, 8).ranks == {FUSED: 4}
+
+
+def test_a_layout_that_leaves_ranks_without_samples_is_no_remedy():
+    work = replace(WORK, batch_size=1, ulysses=((GENERATOR, 4),))
+    tight = Hardware(memory_gb=24)
+    assert fused_maps(work, 5) == []
+    # What it moves: of all layouts this one, which no recipe may have, would take the least.
+    (mapped,) = make_plan(work, modelled(work, ROOMY), ROOMY, 5).layouts
+    most = max(pool.memory.total for pool in mapped.pools.values())
+    assert fused_memory(work, 5).total < 0.8 * most
+    with pytest.raises(ConfigError) as refused:
+        make_plan(work, modelled(work, tight), tight, 5)
+    assert "a rank of all roles" not in refused.value.found
+    gigabytes = int(re.findall(r"GPUs of (\d+) GB(?! and)", refused.value.remedy)[-1])
+    enough = replace(tight, memory_gb=gigabytes)
+    assert make_plan(work, modelled(work, enough), enough, 5).best.name == "map"
