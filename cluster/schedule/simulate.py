@@ -14,7 +14,7 @@ this order can be worked through: the bound that measurements are held against.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -205,10 +205,8 @@ def simulate(
     free = dict[Process, int]()
     handed_on = _handed_on(calls, processes)
     gangs = list(gangs_of(calls, teams))
-    first_of, last_of = list(range(len(calls))), list(range(len(calls)))
-    for chain in () if apart else join_calls(calls, teams, gangs):
-        for place in chain:
-            first_of[place], last_of[place] = chain[0], chain[-1]
+    chains = () if apart else join_calls(calls, teams, gangs)
+    first_of, last_of = _ends_of(chains, len(calls))
     now_s, waited = 0.0, None
     ends_s: list[float] = []
     put_s, take_s = _handing_s(costs, costs.put_bandwidth), _handing_s(costs, costs.take_bandwidth)
@@ -248,6 +246,17 @@ def simulate(
             ends_s.append(end_s)
             spans.append(Span(call, issued_s, ready_s, start_s, end_s, cause, after))
     return Timeline(tuple(spans), tuple(processes))
+
+
+def _ends_of(
+    chains: Iterable[Sequence[int]], num_calls: int
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Places of the first and of the last call of the chain that each call is made in."""
+    first_of, last_of = list(range(num_calls)), list(range(num_calls))
+    for chain in chains:
+        for place in chain:
+            first_of[place], last_of[place] = chain[0], chain[-1]
+    return first_of, last_of
 
 
 def _handing_s(costs: Costs, bandwidth: float) -> Callable[[Sequence[Call]], float]:
