@@ -27,7 +27,7 @@ def test_a_table_stands_between_its_marks_and_nowhere_else():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["layouts", "kinds"])
+@pytest.mark.parametrize("part", planning.PARTS)
 def test_the_page_says_what_the_planner_finds(part):
     for table in planning.PARTS[part]():
         assert table.markdown() in PAGE
