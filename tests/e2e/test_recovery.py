@@ -52,10 +52,10 @@ class Killer(RunObserver):
 
 
 class KillerAfterRepair(Killer):
-    """Kills the teacher, too, once the last repair has ended, before the run goes on."""
+    """Kills the teacher, too, once the first repair has ended, before the run goes on."""
 
     def event(self, event: RunEvent) -> None:
-        if event.kind == "recovered" and not self.left and not self.repaired:
+        if event.kind == "recovered" and not self.repaired:
             self.repaired = True
             process = psutil.Process(self.process("teacher"))
             process.kill()
@@ -152,7 +152,25 @@ def test_every_process_may_be_killed(calm, make_recipe, monkeypatch, topology, c
     assert "(raylet)" not in capfd.readouterr().out
 
 
-def test_failures_within_and_right_after_a_repair_are_repaired_too_from_the_newest_state(
+def test_a_failure_right_after_a_repair_is_repaired_too_and_the_newest_state_is_taken(
+    calm, make_recipe, monkeypatch
+) -> None:
+    # The first copy in memory is the only one: all checkpoints are newer.
+    settings = ("topology.mode=pools", "recovery.snapshot_share=1.0e-9", "recovery.backoff_s=0")
+    config = make_recipe("name=twice", *COMMON, *settings)
+    distilled(config, {4: "fake_score"}, monkeypatch, KillerAfterRepair)
+    found, expected = state_of(config), dict(calm)
+    judged, in_calm = found.pop("validation"), expected.pop("validation")
+    assert judged.items() <= in_calm.items()
+    assert_same(found, expected)
+    events = read_jsonl(RunFolder(config.run_folder).events)
+    kinds = [event["kind"] for event in events]
+    assert kinds == ["worker_died", "recovered", "worker_died", "recovered"]
+    assert [event["role"] for event in events[::2]] == ["fake_score", "teacher"]
+    assert all("(the newest checkpoint)" in event["action"] for event in events[1::2])
+
+
+def test_a_failure_while_new_processes_are_built_is_repaired_too(
     calm, make_recipe, monkeypatch
 ) -> None:
     built, rebuild = [], replacement.rebuild
@@ -169,21 +187,13 @@ def test_failures_within_and_right_after_a_repair_are_repaired_too_from_the_newe
         rebuild(groups, processes, *arguments, **options)
 
     monkeypatch.setattr(replacement, "rebuild", rebuild_and_lose)
-    # The first copy in memory is the only one: all checkpoints are newer.
-    settings = ("topology.mode=pools", "recovery.snapshot_share=1.0e-9", "recovery.backoff_s=0")
-    config = make_recipe("name=twice", *COMMON, *settings)
-    distilled(config, {3: "teacher", 4: "fake_score"}, monkeypatch, KillerAfterRepair)
-    assert built == [{"teacher"}, {"teacher", "generator"}, {"fake_score"}, {"teacher"}]
+    config = make_recipe("name=within", *COMMON, "topology.mode=pools", "recovery.backoff_s=0")
+    distilled(config, {2: "teacher"}, monkeypatch)
+    assert built == [{"teacher"}, {"teacher", "generator"}]
     found, expected = state_of(config), dict(calm)
     judged, in_calm = found.pop("validation"), expected.pop("validation")
     assert judged.items() <= in_calm.items()
     assert_same(found, expected)
-    events = read_jsonl(RunFolder(config.run_folder).events)
-    deaths = [event["role"] for event in events if event["kind"] == "worker_died"]
-    recovered = [event["action"] for event in events if event["kind"] == "recovered"]
-    assert (deaths[0], deaths[-2:]) == ("teacher", ["fake_score", "teacher"])
-    assert len(recovered) == 3
-    assert all("(the newest checkpoint)" in action for action in recovered)
 
 
 def test_a_spent_budget_ends_the_run_with_the_whole_story(make_recipe, monkeypatch) -> None:

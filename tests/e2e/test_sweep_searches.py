@@ -81,7 +81,8 @@ def test_the_worst_of_a_population_goes_on_from_the_state_of_a_better_one(
         "seed=2",
         "sweep.search=pb2",
         "sweep.trials=4",
-        "sweep.iterations=6",
+        # Three times to branch: the worst trial does not where it is the first to be measured.
+        "sweep.iterations=8",
         "sweep.validate_every=2",
         "sweep.concurrent_trials=4",
         f"output={tmp_path}",
@@ -99,12 +100,12 @@ def test_the_worst_of_a_population_goes_on_from_the_state_of_a_better_one(
     folder = tmp_path / "small-sweep"
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
     assert [row["state"] for row in rows] == ["done"] * 4
-    assert {row["iteration"] for row in rows} == {"6"}
+    assert {row["iteration"] for row in rows} == {"8"}
     branched = [Path(row["run_folder"]) for row in rows if "-from-trial-" in row["run_folder"]]
     assert branched
     for run in branched:
         # Iterations of the state's own run, and those with new settings.
-        assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
 
 
 def service_processes() -> list[psutil.Process]:
