@@ -75,6 +75,7 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.mark.slow
 def test_imports_go_down_only():
     # In a process of its own: it switches off the loggers of the one that it runs in.
     linter = "import sys; from importlinter import cli; sys.exit(cli.lint_imports(no_cache=True))"
@@ -84,6 +85,7 @@ def test_imports_go_down_only():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_no_module_imports_one_that_imports_it_not_even_inside_a_function():
     modules = {
         relative(path).removesuffix(".py").replace("/", "."): tree for path, tree in trees().items()
@@ -180,6 +182,7 @@ def test_ray_core_is_spoken_only_in_cluster():
     assert spoken == []
 
 
+@pytest.mark.slow
 def test_files_are_written_whole_in_one_place_only():
     renaming = {"fsync", "rename", "renames", "rmtree", "write_bytes", "mkstemp"}
     # The fork server's folder holds sockets and a lock, which is named once it is held; so is the
@@ -271,6 +274,7 @@ def test_a_file_that_takes_a_private_name_is_parsed(text):
     assert not MAY_TAKE.search(text.replace("_one", "one"))
 
 
+@pytest.mark.slow
 def test_nothing_takes_a_private_name_of_another_module():
     others = [ROOT / "docs", ROOT / "tests", ROOT / "benchmarks", ROOT / "examples"]
     paths = [*SOURCES, *(path for folder in others for path in sorted(folder.rglob("*.py")))]

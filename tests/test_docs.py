@@ -276,6 +276,7 @@ NO_LITERALS = ("out of memory", "Missing authentication token", "still reading")
 """Messages of torch and Ray that the page quotes, and one that is composed of parts."""
 
 
+@pytest.mark.slow
 def test_messages_that_the_page_on_troubleshooting_quotes_are_those_of_the_code():
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     symptoms = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]

@@ -94,6 +94,7 @@ class OurIteration:
         return figures
 
 
+@pytest.mark.slow
 def test_three_iterations_update_both_networks_as_fresh_tracking_does(
     texts: list[TextBatch], negative: Tensor
 ) -> None:

@@ -43,6 +43,7 @@ def test_on_a_machine_with_torch_alone_all_is_fetched_but_torch():
     assert "pandas" in wheels.find_missing(("ray",), {}, "3.12")
 
 
+@pytest.mark.slow
 def test_on_the_tested_environment_nothing_is_fetched():
     assert wheels.find_missing(wheels.GROUPS, wheels.installed(), "3.11") == {}
 

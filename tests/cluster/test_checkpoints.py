@@ -17,6 +17,7 @@ def save(checkpoints: Checkpoints, step: int, *, commit: bool = True) -> None:
         checkpoints.commit(step, {"iteration": step})
 
 
+@pytest.mark.slow
 def test_an_empty_run_has_no_checkpoint(root):
     assert Checkpoints(root).latest() is None
     assert Checkpoints(root).steps() == []
@@ -62,6 +63,7 @@ def test_nothing_is_committed_with_a_written_part_missing(root):
     assert checkpoints.latest() is None
 
 
+@pytest.mark.slow
 def test_pruning_keeps_the_newest_and_what_is_being_written(root):
     checkpoints = Checkpoints(root)
     for step in (10, 20, 30, 40):
@@ -75,6 +77,7 @@ def test_pruning_keeps_the_newest_and_what_is_being_written(root):
         read_text(f"{checkpoints.folder(15)}/role/weights")
 
 
+@pytest.mark.slow
 def test_pruning_spares_what_it_is_told_to(root):
     checkpoints = Checkpoints(root)
     for step in (10, 20, 30, 40):

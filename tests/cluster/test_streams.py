@@ -29,6 +29,7 @@ def pieces(data: bytes, length: int) -> Iterator[bytes]:
         yield data[start : start + length]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("size", [0, 1000, PART - 1, PART, PART + 1, 2 * PART, 2 * PART + 7])
 def test_a_stream_is_written_as_it_is(root: str, size: int) -> None:
@@ -39,6 +40,7 @@ def test_a_stream_is_written_as_it_is(root: str, size: int) -> None:
     assert digest == hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 def test_the_store_names_an_object_as_we_expect_so_that_a_change_is_noticed(
     s3_bucket: str, monkeypatch: pytest.MonkeyPatch

@@ -184,6 +184,7 @@ def test_two_experts_get_a_file_each_and_are_sampled_across_their_boundary(exper
     assert np.abs(teacher.frames.astype(float) - clip.frames).max() > 10
 
 
+@pytest.mark.slow
 def test_two_experts_are_exported_without_their_other_components(experts, tmp_path):
     base, tuned = experts
     options = ExportOptions(dtype="fp32", components="none")
@@ -217,6 +218,7 @@ def test_the_command_says_what_was_kept_and_lost(run, tmp_path):
     assert "1.0, 0.9, 0.75, 0.5, 0.0" in card
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_read_costs_the_card_its_figures_alone(run, tmp_path, caplog):
     broken = RunFolder(shutil.copytree(run.root, tmp_path / "run"))
     broken.metrics.unlink()

@@ -208,6 +208,7 @@ def test_a_run_stops_when_its_budget_is_spent_and_goes_on_with_a_larger_one(
     assert state(more, 5) == state(whole, 5)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_stop_the_run_at_once(make_recipe: MakeRecipe) -> None:
     config = make_recipe(
         "generator.optimizer.lr=3.4e38",

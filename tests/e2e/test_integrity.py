@@ -143,6 +143,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_makes_the_same_run(
     assert losses_of(run) == losses_of(RunFolder(whole.run_folder))
 
 
+@pytest.mark.slow
 def test_without_a_whole_checkpoint_nothing_is_thrown_away(
     stopped: DistillConfig, tmp_path: Path
 ) -> None:

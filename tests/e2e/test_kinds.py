@@ -211,6 +211,7 @@ def test_every_command_refuses_a_model_that_takes_an_image_in_one_sentence(pipel
         assert re.search("image-to-video model|takes images", words), arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{"image_dim": 1280}, {"in_channels": 36}])
 def test_a_pipeline_of_text_whose_denoiser_takes_an_image_is_refused_as_well(config, tmp_path):
     model = tiny_wan.write_tiny_wan(tmp_path / "model", ["a", "circle"])

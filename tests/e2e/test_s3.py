@@ -43,6 +43,7 @@ def s3(bucket: S3Process, monkeypatch: pytest.MonkeyPatch) -> str:
     return "s3://clips/shapes"
 
 
+@pytest.mark.slow
 def test_a_bucket_is_read_like_a_folder(s3: str, world: Path) -> None:
     remote, local = (
         Feed(StreamSettings(Source(url), seed=0), FeedProgress(), 48).take(48)

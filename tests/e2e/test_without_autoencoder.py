@@ -92,6 +92,7 @@ def test_captions_alone_train_to_the_bits_of_the_whole_folder_and_export_a_folde
     assert model_digests(completed) == theirs
 
 
+@pytest.mark.slow
 def test_whatever_decodes_or_encodes_says_which_download_completes_the_folder(
     runs: dict[str, DistillConfig], make_recipe: MakeRecipe, bare: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_latents_of_several_makers_and_a_resume_on_those_of_another_one_are_refu
         distill(again, resume=True)
 
 
+@pytest.mark.slow
 def test_a_teacher_without_autoencoder_teaches_and_one_with_another_does_not(
     make_recipe: MakeRecipe,
     data: list[Path],

@@ -131,6 +131,7 @@ def test_a_run_goes_on_with_a_folder_that_was_completed_since_and_the_reverse(
         distill(again, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

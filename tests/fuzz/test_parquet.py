@@ -47,6 +47,7 @@ def one_epoch(folder: Path) -> tuple[dict[str, str], list[Rejection]]:
         rows |= dict(zip(batch.sample_ids, batch.captions, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("indexed", [True, False])
 def test_every_row_of_a_damaged_shard_is_handed_out_or_rejected(indexed, tmp_path: Path):
     folder = tmp_path / "set"

@@ -103,6 +103,7 @@ class TestFiles:
             "00-a-red-red-circle-seed3.gif",
         ]
 
+    @pytest.mark.slow
     def test_every_prompt_is_shown_by_one_clip_a_seed_and_names_are_kept_in_any_script(
         self, model, tmp_path
     ):
@@ -174,6 +175,7 @@ class TestSampling:
         together = frames_of(model, tmp_path, prompts=("a red red left", PROMPT))
         assert np.array_equal(alone, together)
 
+    @pytest.mark.slow
     def test_another_seed_gives_another_clip(self, model, tmp_path):
         assert not np.array_equal(frames_of(model, tmp_path), frames_of(model, tmp_path, seed=1))
 
@@ -192,11 +194,13 @@ class TestSampling:
         )
         assert calls == [(1, 2), (2, 2)]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("change", [{"flow_shift": 1.0}, {"guidance_scale": 6.0}])
     def test_an_argument_reaches_the_sampler(self, model, tmp_path, change):
         plain = frames_of(model, tmp_path, num_steps=3)
         assert not np.array_equal(plain, frames_of(model, tmp_path, num_steps=3, **change))
 
+    @pytest.mark.slow
     def test_a_run_stands_for_its_generator(self, model, tmp_path):
         run = tmp_path / "run"
         shutil.copytree(model, run / "generator")
@@ -302,6 +306,7 @@ class TestWrongRequests:
         with pytest.raises(ModelFolderError, match="num_steps = 0"):
             generate(folder, [PROMPT], output=tmp_path)
 
+    @pytest.mark.slow
     def test_a_clip_of_another_size_than_the_folders_own_has_it_in_its_name(self, model, tmp_path):
         options = (asked({}), asked({"height": 2 * HEIGHT}))
         plain, tall = (

@@ -296,6 +296,7 @@ def test_weights_in_8_bits_that_are_not_understood_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_lora_and_its_base_become_a_model_folder(base: Path, tmp_path: Path) -> None:
     name, draw = "blocks.0.attn1.to_q", torch.Generator().manual_seed(0)
     down, up = torch.randn(2, 32, generator=draw), torch.randn(32, 2, generator=draw)
@@ -356,6 +357,7 @@ def test_a_weight_is_merged_once_and_a_change_beyond_the_files_type_is_refused(
         finite_and_narrowed(tmp_path, huge, torch.float16, ())
 
 
+@pytest.mark.slow
 def test_the_two_files_of_experts_are_imported_one_after_the_other(
     trained: Path, tmp_path: Path
 ) -> None:

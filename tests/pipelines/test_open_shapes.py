@@ -92,6 +92,7 @@ def test_the_reader_gives_back_path_speed_and_direction_of_an_object_alone(
     assert angles.max() < 0.5
 
 
+@pytest.mark.slow
 def test_objects_that_hide_each_other_are_read_nearly_as_well(
     drawn: OpenClips, reading: OpenReading
 ) -> None:
@@ -125,6 +126,7 @@ def test_the_spread_of_the_texture_is_read_past_the_objects() -> None:
     assert torch.corrcoef(torch.stack(spreads))[0, 1] > 0.98
 
 
+@pytest.mark.slow
 def test_the_reading_survives_an_mp4_file(tmp_path: Path) -> None:
     write_shards(str(tmp_path), num_clips=24, shard_size=24, seed=3, world=OPEN_SHAPES)
     (shard,) = tmp_path.glob("open-0003-train-*.parquet")

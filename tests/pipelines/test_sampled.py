@@ -76,6 +76,7 @@ def test_one_lora_may_say_how_to_sample_and_two_that_agree(base, tmp_path) -> No
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("high", "low"),
     [

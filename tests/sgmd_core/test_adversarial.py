@@ -204,6 +204,7 @@ def steps_of_two_scores(
     return (steps[0].flatten()[:, None], steps[1].flatten()[:, None]), laws
 
 
+@pytest.mark.slow
 def test_a_small_discriminator_learns_to_be_right_as_often_as_the_distance_says():
     """Its boundary has two sides, as the laws differ in spread; 200 updates of the hinge loss."""
     stream = torch.Generator().manual_seed(1)

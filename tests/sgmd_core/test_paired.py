@@ -43,6 +43,7 @@ def test_equal_values_are_no_evidence():
     assert sign_flip_p([0.0, 0.0, 0.0]) == 1.0
 
 
+@pytest.mark.slow
 def test_many_pairs_are_sampled_and_agree_with_the_normal_law():
     # n differences, of which (n + k) / 2 are +1: the mean is k / sqrt(n) standard deviations up.
     ones, others = 24, 12

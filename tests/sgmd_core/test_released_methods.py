@@ -343,6 +343,7 @@ class TestPhased:
             fake.step(iteration)
         assert trained == ["high", "low"] * 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("tracking", [False, True])
     def test_levels_are_whole_thousandths_of_the_table_and_fill_their_range(
         self, tracking: bool

@@ -151,6 +151,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield root / "bucket"
 
 
+@pytest.mark.slow
 def test_an_address_is_copied_once_a_content_and_whole(model, bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     address = "s3://bucket/model"

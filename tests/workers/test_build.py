@@ -249,6 +249,7 @@ def test_a_missing_folder_and_a_clip_that_does_not_fit_are_named(model, tmp_path
         build_generator(model, odd, FlowMatchSchedule(), GENERATOR, 0, torch.get_num_threads())
 
 
+@pytest.mark.slow
 def test_frozen_encoders_are_in_bfloat16_unless_asked_for_float32_and_make_float32(model):
     threads = torch.get_num_threads()
     whole = replace(model, encoder_dtype="fp32")

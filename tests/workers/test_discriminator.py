@@ -292,6 +292,7 @@ def test_a_fake_score_that_is_made_again_completes_the_same_bits(mode, tracking)
 
 
 class TestState:
+    @pytest.mark.slow
     def test_loaded_and_restored_heads_go_on_bit_for_bit(self, tmp_path: Path):
         world, loaded, restored, fresh = (World(ADM) for _ in range(4))
         world.gather([(0, 1)])

@@ -111,6 +111,7 @@ def test_split_gradients_equal_those_of_one_plain_step_bitwise(name, exit_step):
         assert same_bits(gradients(split.networks[name]), gradients(network))
 
 
+@pytest.mark.slow
 @FORMS
 @pytest.mark.parametrize("batches", [[(0, 1), (2, 3)], [(0,), (1, 2, 3)], [(0,), (1,), (2,), (3,)]])
 def test_gradients_of_micro_batches_add_up_to_those_of_one_batch(form, batches):
@@ -269,6 +270,7 @@ def test_the_diversity_loss_adds_the_gradient_of_the_teachers_path_bitwise():
     assert same_bits(gradients(roles.networks["generator"]), gradients(network))
 
 
+@pytest.mark.slow
 def test_with_diversity_no_rollout_exits_at_the_first_step():
     settings = DiversitySettings(weight=0.05)
     learner = tiny_roles(diversity=settings).generator

@@ -204,6 +204,7 @@ def _request(**changes) -> ClipRequest:
     return ClipRequest(**(settings | changes))
 
 
+@pytest.mark.slow
 def test_validation_measures_the_clips_it_shows():
     evaluator, other = _evaluator(), tiny_velocity(4)
     report = ValidationEvaluator(evaluator, _request(), REFERENCE).validate(weights(other))
@@ -300,6 +301,7 @@ def test_a_generator_that_is_its_teacher_keeps_everything_and_is_on_the_floor():
     assert set(ratios.values()) == {1.0}
 
 
+@pytest.mark.slow
 def test_the_teacher_is_sampled_once():
     evaluator = _evaluator()
     calls: list[int] = []

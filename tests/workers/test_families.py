@@ -244,6 +244,7 @@ def test_the_gradient_at_the_input_is_that_of_finite_differences(case):
     assert along == pytest.approx(expected, rel=3e-3)
 
 
+@pytest.mark.slow
 @ALL
 def test_checkpointing_repeats_every_bit_and_keeps_less(case):
     inputs = case.inputs()
@@ -319,6 +320,7 @@ def test_bf16_rounds_products_and_leaves_weights_in_float32(case):
     assert found.dtype == torch.float32
 
 
+@pytest.mark.slow
 @ALL
 def test_arithmetic_is_that_of_the_network(case):
     shape, denoiser = (
@@ -366,6 +368,7 @@ def test_bytes_grow_with_the_clip_and_shrink_with_checkpointing(case):
         assert 0 < few < costs.transient_bytes(larger, bf16=bf16)
 
 
+@pytest.mark.slow
 @ALL
 def test_an_export_is_reloaded_to_the_last_bit(case, tmp_path):
     generator = case.family.load_denoiser(case.folder)
@@ -395,6 +398,7 @@ def test_an_export_is_reloaded_to_the_last_bit(case, tmp_path):
         assert digests[name] == before[name], name
 
 
+@pytest.mark.slow
 @ALL
 def test_the_content_changes_with_one_value_of_any_component(case, broken):
     before = model_digests(case.folder)
@@ -435,6 +439,7 @@ def test_missing_torn_and_foreign_weights_are_refused_by_name(case, broken, tmp_
     case.family.inspect(broken)
 
 
+@pytest.mark.slow
 @ALL
 def test_a_seed_is_a_clip(case):
     frames, height, width = case.clip
@@ -465,6 +470,7 @@ def test_a_seed_is_a_clip(case):
         assert (other != clip).any()
 
 
+@pytest.mark.slow
 @ALL
 def test_an_export_is_sampled_as_the_generator_was_trained(case, tmp_path):
     frames, height, width = case.clip
@@ -497,6 +503,7 @@ def test_an_export_is_sampled_as_the_generator_was_trained(case, tmp_path):
     assert apart < 0.2 * abs(other_shift - theirs).mean()
 
 
+@pytest.mark.slow
 @ALL
 def test_a_sampler_of_diffusers_renoises_as_ours_does_and_only_where_it_is_asked_to(case):
     frames, height, width = case.clip

@@ -192,6 +192,7 @@ def test_an_iteration_leaves_no_gradient_and_no_graph_behind(tracking):
     assert roles.fake_score.forwards_kept == 0
 
 
+@pytest.mark.slow
 @TRACKING
 def test_discard_drops_graphs_and_gradients_and_keeps_the_weights(tracking):
     roles, untouched = tiny_roles(tracking), tiny_roles(tracking)

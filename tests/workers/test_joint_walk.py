@@ -44,6 +44,7 @@ def asked(roles: Roles, batch: tuple[int, ...] = (0, 1)):
     return query, roles.teacher.denoise(query, negative_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -65,6 +66,7 @@ def test_one_walk_has_the_bits_of_two_over_two_micro_batches(settings):
         assert same_bits(one[role], two[role])
 
 
+@pytest.mark.slow
 def test_three_iterations_of_both_players_have_the_same_bits():
     players = [tiny_roles(compute=AGAIN, walk=walk) for walk in ("joint", "apart")]
     before = weights(players[0].networks["fake_score"])

@@ -76,6 +76,7 @@ def rendered(count: int):
     return specs, frames.permute(0, 4, 1, 2, 3).float() / 255
 
 
+@pytest.mark.slow
 def test_clips_of_shapes_move_as_fast_as_they_were_told():
     specs, video = rendered(32)
     found = measure_clip_figures(video, fps=8)["flow_top"]

@@ -51,6 +51,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tracking, place, tmp_pat
     assert same_bits(resumed.generator.final_weights(), straight.generator.final_weights())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lost",
     [

@@ -27,6 +27,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_a_state_written_while_the_role_trains_on_is_the_one_of_a_save_that_is_waited_for(
     tmp_path: Path, slow_disk: threading.Event
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_second_save_waits_for_the_first_so_that_one_copy_is_held(
         assert load_role(str(tmp_path / str(step)), "generator").updates == step
 
 
+@pytest.mark.slow
 def test_a_later_save_uses_the_memory_of_the_one_before_and_has_the_same_bytes(
     tmp_path: Path,
 ) -> None:

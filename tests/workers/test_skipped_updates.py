@@ -18,6 +18,7 @@ def _skip(roles, iteration):
         assert role.step(iteration, skip=True) == iteration
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["goes on", "checkpoint", "snapshot"])
 def test_a_skipped_update_changes_nothing_but_the_number_of_the_iteration(way, tmp_path: Path):
     roles, twin = tiny_roles(), tiny_roles()

@@ -26,6 +26,7 @@ def all_weights(roles) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 1])
 @pytest.mark.parametrize("name", RUNS)
 def test_a_restored_role_makes_the_iterations_again_bitwise(name, before):

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -85,6 +86,7 @@ def test_stored_embeddings_of_dropped_rows_are_those_of_the_empty_caption():
     assert stored.min() == 1
 
 
+@pytest.mark.slow
 def test_a_network_that_is_loaded_on_demand_is_kept_for_no_caption_and_its_embeddings_are():
     loaded: list[CountingEmbedder] = []
 

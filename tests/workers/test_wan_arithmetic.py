@@ -80,6 +80,7 @@ BOTH_LENGTHS = pytest.mark.parametrize(("latents", "share"), [(LATENTS, 0.14), (
 """Latents, and attention's share of the forward pass of `SMALL` over them."""
 
 
+@pytest.mark.slow
 @BOTH_LENGTHS
 @pytest.mark.usefixtures("plain_attention")
 def test_operations_are_those_that_a_network_makes(latents, share):
@@ -94,6 +95,7 @@ def test_operations_are_those_that_a_network_makes(latents, share):
     assert to_parameters.get_total_flops() == expected.to_parameters
 
 
+@pytest.mark.slow
 @BOTH_LENGTHS
 @pytest.mark.usefixtures("plain_attention")
 def test_a_backward_pass_to_the_input_makes_products_of_attention_twice(latents, share):

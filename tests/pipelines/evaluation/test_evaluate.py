@@ -159,6 +159,7 @@ class TestRows:
         ways = [(row.num_steps, row.guidance_scale, row.seed) for row in evaluation.rows]
         assert ways == [(3, 2.0, 0), (3, 2.0, 1), (2, 1.0, 1), (2, 2.0, 1), (2, 1.0, 1)]
 
+    @pytest.mark.slow
     def test_every_row_is_measured(self, evaluation):
         for found in evaluation.rows:
             assert 0 <= found.colour <= 1

@@ -88,6 +88,7 @@ def test_a_validator_that_its_gpu_does_not_hold_is_refused_with_what_would_do():
     assert "validation.every=0, and `sgmd evaluate RUN`" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_is_counted_by_its_weights_and_without_them_not_at_all(tmp_path):
     whole = Path(load_recipe("tiny").model.folder)
     bare = tmp_path / "bare"

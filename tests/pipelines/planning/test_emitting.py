@@ -242,6 +242,7 @@ def test_each_kind_of_gpu_is_a_group_of_machines_that_all_of_its_pools_fit(kind,
     )
 
 
+@pytest.mark.slow
 def test_machines_of_a_kind_have_the_resources_that_its_pools_ask_for():
     config, plan = planned_kinds(*MIXED)
     config = config.with_settings({"topology.pools.learn.resources": {"fast": 0.5}})

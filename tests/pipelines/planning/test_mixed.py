@@ -140,6 +140,7 @@ def test_more_gpus_than_samples_leave_no_layout_out():
     assert places(100) == places(8)
 
 
+@pytest.mark.slow
 def test_processes_beside_the_roles_take_the_last_kind_first():
     plan = make_mixed_plan(
         WORK,
@@ -195,6 +196,7 @@ def test_a_written_recipe_pins_its_pools_to_their_kinds(tmp_path):
     assert "on H100 alone" in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -231,6 +233,7 @@ def test_a_slower_kind_before_a_faster_one_is_refused():
         kinds("L40S=8x48@180", "H100=8x80@990")
 
 
+@pytest.mark.slow
 def test_of_plans_that_are_as_fast_the_one_of_fewest_gpus_comes_first():
     several = kinds("H100=8x80@990", "L40S=7x48@180")
     found = mixed_layouts(WORK, modelled(WORK, several[0].hardware), several)

@@ -337,6 +337,7 @@ def assert_foretold(
         assert Passes(**counted) == foretold.get(role, Passes()), role
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_networks_that_count_find_what_was_foretold(method):
     config = config_of("seed=3", *METHODS[method])

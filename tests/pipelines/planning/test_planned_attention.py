@@ -71,6 +71,7 @@ def test_a_derivative_in_forward_mode_takes_what_is_planned(sizes, latents):
     assert generator_memory(work, 1, 1, 1).working > 2.5 * generator_memory(plain, 1, 1, 1).working
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_attention_of_all_pairs_takes_what_is_planned(bf16):
     shape = shape_of()

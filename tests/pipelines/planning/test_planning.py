@@ -1172,6 +1172,7 @@ class TestCommand:
             in (result.stderr)
         )
 
+    @pytest.mark.slow
     def test_one_gpu_that_does_not_hold_all_roles_is_refused_with_its_bytes(self):
         options = ("--model", "14b", "validation.every=0")
         result = sgmd("plan", "wan21-1.3b", "--gpus", 1, *options)

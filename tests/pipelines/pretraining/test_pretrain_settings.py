@@ -135,6 +135,7 @@ def test_more_workers_than_clips_are_refused_and_a_dry_run_starts_nothing(tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_open_world_samples_and_scores_in_it():
     config = load(PretrainConfig, "pretrain-open")
     world = embedded_world(config.world.name)

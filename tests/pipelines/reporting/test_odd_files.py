@@ -39,6 +39,7 @@ def test_what_stands_in_the_place_of_a_file_is_told_and_the_rest_is_shown(
     assert "Training" in page
 
 
+@pytest.mark.slow
 def test_a_page_that_is_a_link_to_itself_is_refused(tmp_path: Path):
     run = finish_run(tmp_path / "run")
     (run / "report.html").symlink_to("report.html")

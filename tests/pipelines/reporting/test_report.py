@@ -91,6 +91,7 @@ class TestFinishedRun:
         assert "url(" not in text
         assert "@import" not in text
 
+    @pytest.mark.slow
     def test_its_policy_forbids_requests(self, finished):
         text = write_report([finished]).read_text()
         assert "default-src 'none'" in text
@@ -166,6 +167,7 @@ class TestFinishedRun:
 
 
 class TestClips:
+    @pytest.mark.slow
     def test_clips_larger_than_their_share_are_shrunk(self, finished):
         runs = [LabelledRun("demo", read_run(finished))]
         sizes = []
@@ -339,6 +341,7 @@ class TestComparison:
     def test_it_is_written_beside_the_first_run(self, two):
         assert write_report(two) == two[0].parent / "comparison.html"
 
+    @pytest.mark.slow
     def test_it_shows_the_settings_that_differ_and_no_others(self, two):
         text = page(*two).text
         differing = text[text.index("What differs") : text.index("Generators against")]

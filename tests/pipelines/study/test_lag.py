@@ -64,6 +64,7 @@ def test_a_copy_at_the_own_rate_alone_says_least_of_those_that_lag_most(
     assert all(lag.own_rate == lag.measured for lag in lags[2 * SEEDS :])
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_error_and_what_nobody_can_predict(trained: GaussianDistillation):
     held = trained.held_queries(ITERATIONS, 16)
     exact = exact_velocity(trained)
@@ -89,6 +90,7 @@ def test_what_the_generators_make_has_the_mean_and_covariance_that_are_read_off_
         assert torch.allclose(torch.cov(samples.T), covariance, atol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracking", ["shared", "fresh"])
 def test_a_measurement_leaves_no_bit_behind(tracking: str):
     calm, measured = distillation(tracking), distillation(tracking)

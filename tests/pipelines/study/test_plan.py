@@ -129,6 +129,7 @@ def test_an_error_in_a_variant_names_the_variant():
     assert "variant odd" in caught.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_the_shipped_study_compares_seven_methods_with_three_seeds():
     plan = plan_study(load_recipe("tiny"))
     assert len(plan.variants) == 7

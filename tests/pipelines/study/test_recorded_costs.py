@@ -24,6 +24,7 @@ def start_first_run(plan: StudyPlan, iterations: int) -> None:
     (run.run_folder / "config.yaml").write_text(run.to_yaml())
 
 
+@pytest.mark.slow
 def test_costs_are_recorded_and_others_are_refused_with_both(tmp_path: Path):
     plan = plan_of(tmp_path)
     plan.folder.mkdir()
@@ -92,6 +93,7 @@ def test_costs_of_variants_that_a_plan_leaves_out_stay_as_they_are(tmp_path: Pat
     assert json.loads(path.read_text()) == costs
 
 
+@pytest.mark.slow
 def test_a_budget_of_forwards_has_teachers_of_one_size(tmp_path: Path):
     big = make_transition("assets/tiny-wan", tmp_path / "flow", 1, 2)
     other = f"study.variants.dmd2={{teacher.model: {big}, objective: {{method: dmd2}}}}"

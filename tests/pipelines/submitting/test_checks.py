@@ -186,6 +186,7 @@ def test_a_run_at_an_address_is_reported_there_and_waits_for_its_lease():
     assert request.argv(2)[3:6] == ["--retries=2", "--pause=75", "--"]
 
 
+@pytest.mark.slow
 def test_studies_of_both_kinds_are_sent_with_what_they_need(tmp_path):
     request, preparation = prepare(asked("study", "gaussians", "num_seeds=2"), "s3://b/team")
     assert request.arguments == ("gaussians", "num_seeds=2", "output=s3://b/team/runs")
@@ -201,6 +202,7 @@ def test_studies_of_both_kinds_are_sent_with_what_they_need(tmp_path):
     assert request.results == "s3://b/runs/tiny-study"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--resume", "--resume-auto"])
 def test_a_sweep_that_goes_on_is_checked_as_the_job_will_check_it(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -132,6 +132,7 @@ class TestRefusals:
         search = "grid" if "no grid" in words else "random"
         assert words in refusal(f"sweep.space={{{settings}}}", f"sweep.search={search}")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("setting", "words"),
         [
@@ -212,6 +213,7 @@ class TestRefusals:
         checked_sweep(config)
         assert "trials of the sweep: iterations 40 end within" in caplog.text
 
+    @pytest.mark.slow
     def test_a_dry_run_refuses_the_folder_that_the_sweep_would(
         self, shapes_recipe: tuple[str, ...], tmp_path: Path
     ):

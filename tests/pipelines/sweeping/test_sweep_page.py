@@ -78,6 +78,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_book_is_what_was_written_into_it(folder: Path) -> None:
     again = TrialBook(folder / "trials.json").trials
     assert list(again) == [*(trial(index) for index in range(40)), failed()]
@@ -181,6 +182,7 @@ def test_the_setting_that_decides_is_the_important_one() -> None:
     assert importances(config.sweep, [trial(index) for index in range(4)]) == {}
 
 
+@pytest.mark.slow
 def test_the_live_table_fits_80_columns(folder: Path) -> None:
     from pipelines.commands.sweeping import trials_so_far
 

@@ -279,6 +279,7 @@ class TestDamage:
             check_shards(str(tmp_path), HERE)
 
 
+@pytest.mark.slow
 def test_a_bucket_is_checked_like_a_folder(clips, tmp_path, monkeypatch):
     damage(shards_of(clips)[1], "video", 3, b"broken")
     shutil.copytree(clips, tmp_path / "s3" / "bucket" / "set")

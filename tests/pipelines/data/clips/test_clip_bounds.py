@@ -81,6 +81,7 @@ class TestColours:
         data = tagged(coloured(32, 48), matrix=matrix, full_range=full_range)
         assert np.abs(decode_clip(data, ClipFormat()).astype(int) - RED).max() <= 3
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("size", "matrix"), [((32, 48), 5), ((720, 1280), 1)])
     def test_without_tags_the_size_decides_the_matrix(self, size, matrix):
         data = tagged(coloured(*size), matrix=matrix, tag=False)

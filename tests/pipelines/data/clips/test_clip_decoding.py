@@ -186,6 +186,7 @@ class TestKinds:
         data = video_file(grey_frames([40, 80, 120]), times_s=[0, 0.1, 0.5])
         assert not read_facts(data).is_steady
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "size", "num_frames", "fps", "has_audio"),
         [

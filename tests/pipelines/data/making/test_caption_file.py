@@ -117,6 +117,7 @@ def test_a_run_goes_on_within_a_file_and_refuses_one_that_has_changed(tmp_path):
     assert take(path, 40, so_far).captions == whole.captions[20:]
 
 
+@pytest.mark.slow
 def test_a_file_in_a_bucket_is_the_same_set(tmp_path, monkeypatch):
     here = take(write(tmp_path / "prompts.txt"), 40)
     (tmp_path / "s3" / "bucket").mkdir(parents=True)

@@ -47,6 +47,7 @@ def fail_at_two(number: int) -> int:
     return number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [0, 2])
 def test_results_come_in_the_order_of_the_items(num_processes):
     assert list(map_in_order(slow_square, range(9), num_processes)) == [n * n for n in range(9)]

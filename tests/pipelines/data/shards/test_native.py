@@ -118,6 +118,7 @@ def test_both_readers_agree_on_what_is_good_and_what_is_not(tmp_path: Path) -> N
     assert faults == ["large.parquet"] * 3 + ["short.parquet"] * 3 + bad
 
 
+@pytest.mark.slow
 def test_both_readers_agree_on_s3(server: S3Server, set_on_s3: str) -> None:
     groups = groups_in(server.root / "clips" / "set")
     expected = read_carefully(set_on_s3, groups)
@@ -146,6 +147,7 @@ def test_a_store_that_arrow_cannot_enter_is_read_through_s3fs(
     assert "read through fsspec from now on" in message
 
 
+@pytest.mark.slow
 def test_a_client_that_cannot_be_made_is_no_error(
     server: S3Server, set_on_s3: str, told: list[str]
 ) -> None:

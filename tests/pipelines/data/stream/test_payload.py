@@ -187,6 +187,7 @@ def test_a_decoder_that_hangs_costs_its_clip_and_not_the_run(
         assert np.array_equal(clip, decoder(good[name])), "the same bits as without the guard"
 
 
+@pytest.mark.slow
 def test_a_decoder_that_crashes_costs_its_clip_too(tmp_path: Path) -> None:
     write_odd_set(tmp_path, CRASH)
     decoder = OddDecoder(ClipFormat(5, 32, 32, fps=8))

@@ -151,6 +151,7 @@ def test_one_object_that_is_not_served_is_a_fault_within_its_budget(
         fetch(filesystem, [Range(names[1], 0, 50)], quick)
 
 
+@pytest.mark.slow
 def test_the_first_object_that_is_read_and_not_served_is_a_fault_if_those_beside_it_are(
     through: Callable[..., ProxyBook],
 ) -> None:
