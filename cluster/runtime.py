@@ -53,8 +53,7 @@ _SYSTEM_SETTINGS = {
 }
 """Settings of Ray in a new cluster. Its control service remembers the last 100,000 calls by
 default, 250 MB of them, for its dashboard, which a new cluster does not have. And it would start a
-worker a core before anyone asks for one: a second of a core each, for ever unused beyond those that
-a run needs."""
+worker a core before anyone asks for one, for ever unused beyond those that a run needs."""
 _NO_HANDLER_IN_C = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
@@ -104,7 +103,7 @@ def start_ray(
     except Exception as error:  # Ray raises bare ones when a part of it does not come up in time.
         ray.shutdown()
         forks.close()
-        raise _start_error(target, error, from_environment=address is None) from error
+        raise _start_error(target, error, temp_dir, from_environment=address is None) from error
     except BaseException as stop:
         ray.shutdown()
         forks.close()
@@ -385,10 +384,12 @@ def _is_loopback_alone(host: str, port: int) -> bool:
     return False
 
 
-def _start_error(target: str, error: Exception, *, from_environment: bool) -> RayStartError:
+def _start_error(
+    target: str, error: Exception, temp_dir: str | None, *, from_environment: bool
+) -> RayStartError:
     cause = f"{type(error).__name__}: {error}"
     if target == "local":
-        room = room_at(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+        room = room_at(temp_dir or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
         return RayStartError(
             "starting Ray on this machine",
             f"{cause.rstrip('.')} ({room})" if room else cause,

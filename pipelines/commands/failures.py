@@ -60,8 +60,8 @@ _AFTER_STOP = {
     "pretrain": f"Finished stages and checkpoints are kept: {_GOES_ON}",
     "study": f"Finished runs and measurements are kept: {_GOES_ON}",
     "sweep": "A sweep that has begun goes on with: sgmd sweep RECIPE --resume",
-    "evaluate": "Measurements of the teacher that are finished are kept; nothing else has been "
-    "written. The same command goes on with them.",
+    "evaluate": "Measurements of the teacher that are finished are kept; evaluation.json has not "
+    "been written. The same command goes on with them.",
     "generate": "Clips that are finished are kept; the same command makes all of them again.",
     "report": "The page is as it was before. The same command begins again.",
     "submit": "A job that the cluster has accepted goes on; `ray job list` shows it.",
@@ -141,8 +141,8 @@ def _worded(error: BaseException, command: str, arguments: Sequence[str]) -> Bas
     except StorageError as worded:
         if is_disk_full(error) and not is_at_path:
             # It says no path: the disks that the command writes to can be looked at.
-            rooms = filter(None, map(room_at, _disks_of(arguments)))
-            worded.found = f"{worded.found.rstrip('.')} ({'; '.join(rooms)})"
+            rooms = "; ".join(filter(None, map(room_at, _disks_of(arguments))))
+            worded.found = f"{worded.found.rstrip('.')} ({rooms})" if rooms else worded.found
         for note in getattr(error, "__notes__", ()):
             worded.add_note(note)
         return worded
@@ -152,13 +152,13 @@ def _disks_of(arguments: Sequence[str]) -> list[Path]:
     """A folder on each disk that a command may write to, that with the least room first."""
     values = [word.rpartition("=")[2] for word in arguments]
     named = [Path(value) for value in values if "/" in value and "://" not in value]
-    temporary = Path(os.environ.get("TMPDIR") or "/tmp")
-    found: dict[int, Path] = {}
-    for path in (*named, Path(), temporary, Path("/dev/shm")):
+    variables = [Path(os.environ.get(name) or "/tmp") for name in ("TMPDIR", "RAY_TMPDIR")]
+    found: dict[int, tuple[int, Path]] = {}
+    for path in (*named, Path(), *variables, Path("/dev/shm")):
         with suppress(OSError):
             folder = next(each for each in (path, *path.absolute().parents) if each.is_dir())
-            found.setdefault(folder.stat().st_dev, folder)
-    return sorted(found.values(), key=lambda folder: shutil.disk_usage(folder).free)
+            found.setdefault(folder.stat().st_dev, (shutil.disk_usage(folder).free, folder))
+    return [folder for _, folder in sorted(found.values())]
 
 
 def first_line(error: BaseException) -> str:

@@ -33,25 +33,26 @@ def git_revision(source: Path | None = None) -> str:
     A submitted job has no `.git`; `sgmd submit` sends the revision along.
 
     Args:
-        source: A folder of the tree; None: this one, which is looked at once, as its modules are
-            imported once.
+        source: A folder of the tree; None: this one, which is looked at until git answers once, as
+            its modules are imported once. Changes after that, also to modules that are imported
+            later, are not seen.
     """
     if REVISION_VARIABLE in os.environ:
         return os.environ[REVISION_VARIABLE]
-    return _own_revision() if source is None else _revision_of(source)
+    try:
+        return _own_revision() if source is None else _revision_of(source)
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
-@cache
+@cache  # Errors are not kept.
 def _own_revision() -> str:
     return _revision_of(Path(__file__).parent)
 
 
 def _revision_of(source: Path) -> str:
-    try:
-        revision = _git(source, "rev-parse", "HEAD")
-        changes = _git(source, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    revision = _git(source, "rev-parse", "HEAD")
+    changes = _git(source, "status", "--porcelain", "--untracked-files=no")
     return f"{revision}+changes" if changes else revision
 
 

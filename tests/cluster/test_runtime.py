@@ -252,8 +252,9 @@ def test_a_private_cluster_is_on_loopback_asks_for_a_token_and_leaves_no_file_wi
 @pytest.mark.slow
 def test_a_ray_that_cannot_start_says_why(tmp_path):
     program = REPORTS_ERRORS.replace("address or None", "temp_dir=address")
-    result = _run(program, "/tmp/" + "x" * 120, home=tmp_path)
+    result = _run(program, str(tmp_path / ("x" * 120)), home=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert f"({tmp_path}" in result.stdout
     assert "While starting Ray on this machine" in result.stdout
     assert "short path" in result.stdout
 

@@ -3,7 +3,9 @@
 import errno
 import os
 import re
+import shutil
 import tempfile
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,37 @@ def test_a_full_disk_that_names_no_path_is_told_with_the_room_where_a_command_wr
     assert not list(folder_of_details.iterdir())
     report_failure(raised(OSError(errno.EIO, os.strerror(errno.EIO))), "distill", [])
     assert "details are in" in capsys.readouterr().err
+
+
+def test_a_disk_whose_room_cannot_be_measured_is_left_out(capsys, monkeypatch):
+    def fail(folder):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
+
+    monkeypatch.setattr(shutil, "disk_usage", fail)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert report_failure(raised(full), "distill", []) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("StoreRefusedError: While running sgmd distill: OSError: [Errno 28] ")
+    assert "()" not in said
+
+
+def test_the_disk_where_ray_spills_is_told(capsys, monkeypatch, tmp_path):
+    # A disk of its own for each path, which one machine need not have.
+    usage = namedtuple("usage", ["total", "used", "free"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2**41, 2**41 - 2**40, 2**40))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    stat = Path.stat
+
+    def stat_of_own_disk(path, **options):
+        found = stat(path, **options)
+        fields = list(found)
+        fields[2] = hash(str(path))
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(Path, "stat", stat_of_own_disk)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert report_failure(raised(full), "distill", []) == 1
+    assert f"{tmp_path} has 1.0 TiB free of 2.0 TiB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

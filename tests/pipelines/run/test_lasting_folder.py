@@ -1,5 +1,7 @@
 """Results are written where they last: not into the package of a Ray job, and without secrets."""
 
+import importlib
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,18 @@ def test_the_own_tree_has_the_revision_that_git_names(monkeypatch):
     ours = git_revision(Path(revision.__file__).parent)
     assert (git_revision(), git_revision()) == (ours, ours)
     assert git_revision(Path("/")) == ""
+
+
+def test_a_git_that_does_not_answer_is_asked_again(monkeypatch):
+    monkeypatch.delenv(REVISION_VARIABLE, raising=False)
+    ours = git_revision(Path(revision.__file__).parent)
+    # As a process that has not looked yet.
+    fresh = importlib.reload(revision)
+
+    def be_late(command, **_):
+        raise subprocess.TimeoutExpired(command, 10)
+
+    with monkeypatch.context() as late:
+        late.setattr(subprocess, "run", be_late)
+        assert fresh.git_revision() == ""
+    assert fresh.git_revision() == ours
