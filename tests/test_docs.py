@@ -186,6 +186,8 @@ def test_files_and_names_that_pages_mention_exist():
         ("no_such_file.py", "file"),
         ("cluster.files.write_holes", "name"),
         ("cluster.files.write_whole", ""),
+        ("cluster.files.contextmanager", "name"),
+        ("cluster.files.Writes", "name"),
         ("sgmd.Measures", "name"),
         ("GeneratorLearners", "name"),
         ("make everything", "target"),
@@ -233,11 +235,26 @@ def _is_there(dotted):
         module = "/".join(parts[:end])
         for file in (f"{module}.py", f"{module}/__init__.py"):
             if file in _files():
-                words = set(re.findall(r"\w+", _sources()[file]))
-                return words.issuperset(parts[end:]) or (
+                defined = _defined(file)
+                return defined.issuperset(parts[end:]) or (
                     parts[0] == "sgmd" and _is_public(parts[1:])
                 )
     return False
+
+
+@cache
+def _defined(file):
+    """Names that a module defines, its attributes' included; a package's with those it imports."""
+    nodes = list(ast.walk(ast.parse(_sources()[file])))
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = {node.name for node in nodes if isinstance(node, functions)}
+    stored = [node for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store)]
+    names |= {node.id for node in stored if isinstance(node, ast.Name)}
+    names |= {node.attr for node in stored if isinstance(node, ast.Attribute)}
+    if file.endswith("__init__.py"):
+        imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        names |= {each.asname or each.name for node in imports for each in node.names}
+    return frozenset(names)
 
 
 def _is_public(parts):

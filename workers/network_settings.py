@@ -6,11 +6,11 @@ LoraSettings       low-rank adapters in place of all weights
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sgmd_core.errors import ConfigError
 from workers.attention import KERNELS, AttentionName
-from workers.rate_courses import COURSES, Course
+from workers.rate_courses import CONSTANT, Course
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class OptimizerSettings:
     eps: float = 1e-8
     max_grad_norm: float = 10.0
     warmup_iterations: int = 0
-    decay: Course = "constant"
+    decay: Course = CONSTANT
     decay_iterations: int = 0
     final_lr_ratio: float = 0.0
     log_block_norms: bool = False
@@ -84,17 +84,17 @@ class OptimizerSettings:
         )
 
     def _require_decay(self) -> None:
-        kinds = tuple(COURSES)
+        kinds = get_args(Course)
         require_setting(self.decay in kinds, "optimizer.decay", self.decay, f"one of {kinds}")
         require_setting(
-            self.decay == "constant" or self.decay_iterations > self.warmup_iterations,
+            self.decay == CONSTANT or self.decay_iterations > self.warmup_iterations,
             "optimizer.decay_iterations",
             self.decay_iterations,
             f"more than the {self.warmup_iterations} updates of the warm-up, for decay: "
             f"{self.decay}",
         )
         require_setting(
-            self.decay != "constant" or self.decay_iterations == 0,
+            self.decay != CONSTANT or self.decay_iterations == 0,
             "optimizer.decay_iterations",
             self.decay_iterations,
             "0 for decay: constant, which does not fall",

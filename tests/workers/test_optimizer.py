@@ -1,15 +1,18 @@
 """AdamW, clip, warm-up and average, against numbers worked out by hand."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
+from sgmd_core.errors import ConfigError
 from tests.helpers.tiny_wan import tiny_velocity
 from workers.ema import AveragedWeights, effective_decay
 from workers.network_settings import OptimizerSettings
 from workers.optimizer import RoleOptimizer, learning_rate
+from workers.rate_courses import CONSTANT, COURSES, Course
 
 
 class Numbers(nn.Module):
@@ -77,6 +80,13 @@ def test_rate_falls_from_the_warm_up_to_its_end_and_stays_there(decay, middle):
     assert rates[6] == pytest.approx(0.55)
     assert rates[10:] == pytest.approx([0.1] * 4)
     assert rates[2:11] == sorted(rates[2:11], reverse=True)
+
+
+def test_every_course_that_a_recipe_may_name_is_constant_or_has_a_factor():
+    assert get_args(Course) == (CONSTANT, *COURSES)
+    assert [(course(0.0), course(1.0)) for course in COURSES.values()] == [(1, 0)] * len(COURSES)
+    with pytest.raises(ConfigError, match=r"optimizer\.decay .*'cubic'.*'constant', 'linear'"):
+        OptimizerSettings(lr=0.1, decay="cubic", decay_iterations=1)  # pyright: ignore
 
 
 def test_norms_of_layers_add_up_to_the_norm_of_the_whole():
