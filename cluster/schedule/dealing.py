@@ -71,7 +71,7 @@ def deal_pass(
         teams: Processes by role.
         num_micro_batches: Parts of the batch.
         depth: Most micro-batches that are open at once.
-        seconds: Of each stage on one micro-batch.
+        seconds: Of each stage on one micro-batch; finite.
     """
     places = tuple(
         tuple(
@@ -80,6 +80,8 @@ def deal_pass(
         )
         for stage in a_pass.stages
     )
+    given = [place.seconds for own in places for place in own]
+    assert all(0 <= one < math.inf for one in given), f"seconds of stages are {given}"
     deepest = min(depth, num_micro_batches)
     # A search that may open more micro-batches does not always find the order that opens fewer.
     depths = range(max(1, deepest - 2), deepest + 1)

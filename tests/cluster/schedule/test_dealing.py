@@ -1,5 +1,6 @@
 """Roles that share pools: order, copies, hops, and the time that a simulated iteration takes."""
 
+import math
 from collections import defaultdict
 from functools import cache
 from itertools import product
@@ -218,6 +219,14 @@ def test_a_slower_pool_is_given_fewer_calls():
         return sum(deal.stage.role == "y" and deal.replica == 1 for deal in found.deals)
 
     assert (calls_on_b(1.0), calls_on_b(0.5), calls_on_b(0.1)) == (6, 4, 1)
+
+
+@pytest.mark.parametrize("wrong_s", [math.inf, math.nan, -1.0])
+def test_seconds_that_are_no_times_are_refused(wrong_s):
+    a_pass, teams = Pass((Stage("make", "x"),)), {"x": Team.on(Home("a"))}
+    assert deal_pass(a_pass, teams, 2, 1, lambda stage, replica: 1.0).seconds == 2
+    with pytest.raises(AssertionError, match="seconds of stages"):
+        deal_pass(a_pass, teams, 2, 1, lambda stage, replica: wrong_s)
 
 
 def test_the_order_is_a_function_of_its_arguments():
