@@ -83,7 +83,10 @@ class PageTable:
         begin, end = f"<!-- table: {self.name} -->", "<!-- end of table -->"
         before, found, rest = page.partition(begin)
         assert found, f"the page has no place for {self.name}"
-        return f"{before}{begin}\n\n{self.markdown()}\n\n{end}{rest.partition(end)[2]}"
+        own, found, after = rest.partition(end)
+        is_whole = bool(found) and "<!-- table: " not in own
+        assert is_whole, f"the table {self.name} has no end on the page"
+        return f"{before}{begin}\n\n{self.markdown()}\n\n{end}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,10 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--measured", type=Path, help="JSON of benchmarks/gpu_check.py, or a run")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB, of `sizes`")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=Hardware().memory_gb, help="GB, of `sizes`"
+    )
     parser.add_argument("--output", type=Path, help="JSON to write")
     parser.add_argument("--write-docs", action="store_true", help="put them into the page")
     given = parser.parse_args(arguments)
+    if given.write_docs and (given.measured or given.gpu_memory != Hardware().memory_gb):
+        parser.error("--write-docs goes without --measured and --gpu-memory: the page has neither")
     made = {
         "sizes": partial(sizes, given.measured, Hardware(memory_gb=given.gpu_memory)),
         **{name: part for name, part in PARTS.items() if name != "sizes"},
