@@ -150,13 +150,13 @@ def fused_layout(work: Workload, times: StageTimes, hardware: Hardware, num_gpus
     """
     maps = fused_maps(work, num_gpus) or [fused_map(work, num_gpus)]
     least_s = _least_s_by(work, times, hardware)
-    # Of small networks the calls decide.
+    # With small networks the number of calls decides.
     ordered = sorted(maps, key=lambda one: least_s(one) + one.micro_batches * hardware.call_s)
     fitting = (one for one in ordered if map_fits(work, hardware, one))
     tried = [*islice(fitting, _SIMULATED_FUSED)]
-    # One sample a rank and call takes the least memory.
-    tried += [one for one in maps[:1] if one not in tried and map_fits(work, hardware, one)]
-    tried = tried or [min(maps, key=lambda one: map_memory(work, one)[FUSED].total)]
+    smallest = min(maps, key=lambda one: map_memory(work, one)[FUSED].total)
+    if not tried or (smallest not in tried and map_fits(work, hardware, smallest)):
+        tried.append(smallest)
     found = [_simulated(FUSED, work, times, hardware, one, _fused_settings(one)) for one in tried]
     fastest_s = min(one.iteration_s for one in found)
     equal = [one for one in found if one.iteration_s <= AS_FAST * fastest_s]

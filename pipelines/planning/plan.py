@@ -243,7 +243,7 @@ def _reason(name: str, least: int, work: Workload, num_gpus: int) -> str:
     """Says why a kind of layout is not planned."""
     if name == "pools" and work.heads is not None:
         return "not planned for a method with a discriminator"
-    if name == FUSED:
+    if name == FUSED and not (work.paired and fused_maps(replace(work, paired=False), num_gpus)):
         return "leaves ranks without samples of their own, as compute.ulysses of the roles differs"
     if name == "pools" and work.ulysses:
         return "not planned with compute.ulysses"

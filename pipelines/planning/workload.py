@@ -151,6 +151,10 @@ class Workload:
     largest: str = ""
     paired: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Figures are kept by functions that cannot be pickled, and are found again.
+        return {name: value for name, value in vars(self).items() if name != "remembered"}
+
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
         """Returns the workload of a recipe.

@@ -1,5 +1,6 @@
 """All roles on every GPU: samples a call, ranks on one machine, and ranks that share samples."""
 
+import pickle
 import re
 from dataclasses import replace
 from itertools import product
@@ -11,7 +12,14 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.layouts import Layout, fastest_map, fused_layout
 from pipelines.planning.plan import best_layouts, make_plan
-from pipelines.planning.pool_maps import FUSED, PoolMap, fused_map, fused_maps, fused_memory
+from pipelines.planning.pool_maps import (
+    FUSED,
+    PoolMap,
+    fused_map,
+    fused_maps,
+    fused_memory,
+    map_memory,
+)
 from pipelines.planning.search import PoolSplit, candidates, find_best, predict
 from pipelines.planning.stage_times import modelled
 from pipelines.planning.workload import Workload
@@ -138,3 +146,35 @@ def test_a_layout_that_leaves_ranks_without_samples_is_no_remedy():
     gigabytes = int(re.findall(r"GPUs of (\d+) GB(?! and)", refused.value.remedy)[-1])
     enough = replace(tight, memory_gb=gigabytes)
     assert make_plan(work, modelled(work, enough), enough, 5).best.name == "map"
+
+
+def test_a_plan_blames_pairs_of_samples_where_they_are_the_cause():
+    work = replace(WORK, batch_size=4, ulysses=((GENERATOR, 4),))
+    # What it moves: without pairs all roles together are planned.
+    assert FUSED in {one.name for one in make_plan(work, modelled(work, ROOMY), ROOMY, 6).layouts}
+    paired = replace(work, paired=True)
+    plan = make_plan(paired, modelled(paired, ROOMY), ROOMY, 6)
+    assert "pairs of samples" in plan.left_out[FUSED]
+
+
+def test_where_the_usual_ranks_are_left_out_the_smallest_decides_by_memory():
+    work = replace(WORK, batch_size=3, ulysses=((FAKE_SCORE, 2),))
+    first, *others = fused_maps(work, 8)
+    assert first.ranks[FUSED] != fused_map(work, 8).ranks[FUSED]
+    needs = {one.micro_batches: map_memory(work, one)[FUSED].total for one in others}
+    least = min(needs, key=needs.__getitem__)
+    assert needs[least] < 0.8 * map_memory(work, first)[FUSED].total
+    tight = Hardware(memory_gb=(needs[least] / 1e9 + 3) / 0.95 + 0.1)
+    found = fused(tight, 8, work)
+    assert found.fits
+    assert found.settings["batch.micro_batches"] == least
+
+
+def test_a_workload_that_has_been_planned_can_be_pickled():
+    work = replace(WORK, batch_size=4)
+    seconds_of_one = make_plan(work, modelled(work, ROOMY), ROOMY, 2).best.iteration_s
+    assert work.remembered
+    copy = pickle.loads(pickle.dumps(work))
+    assert copy == work
+    assert not copy.remembered
+    assert make_plan(copy, modelled(copy, ROOMY), ROOMY, 2).best.iteration_s == seconds_of_one
