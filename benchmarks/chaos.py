@@ -295,7 +295,7 @@ def measure(
         faults: Those of the run on one machine: kind by iteration.
         num_machines: Losses of a second machine.
         folder: Place of the runs.
-        calm_settings: What the calm run has otherwise than the stormy ones.
+        calm_settings: Settings of the recipe that the calm run alone has.
     """
     lost = {FIRST + 2 * EVERY * number: MACHINE for number in range(num_machines)}
     named = {"pools": faults, "machines": lost}

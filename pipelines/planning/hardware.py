@@ -80,8 +80,9 @@ class Hardware:
         """Costs of an iteration's calls: their seconds, and what lies between two GPUs.
 
         Args:
-            seconds: Of a call, by its role, rank, stage and number of samples alone.
-            result_bytes: The same of its result.
+            seconds: Returns the seconds of a call; may depend on nothing but its role, its rank,
+                its stage and its number of samples.
+            result_bytes: Returns the bytes of a call's result; depends on no more than `seconds`.
         """
         return Costs(
             _found_once(seconds),

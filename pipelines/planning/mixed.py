@@ -89,7 +89,7 @@ def _on_three(work: Workload, kinds: Sequence[GpuKind]) -> Iterator[PoolMap]:
     """Candidates with a pool on each of three kinds: as many ranks as have samples."""
     pools = (LEARN, SCORE, SPARE)
     for micro_batches, wanted in ranks_wanted(work.batch_size):
-        # Fewer ranks would be slower: other than of two kinds, there are too many to try them.
+        # Fewer ranks would be slower. For two kinds they are tried; for three there are too many.
         most = [[one for one in wanted if one <= kind.num_gpus][-_MOST_TRIED:] for kind in kinds]
         for numbers in product(*most[:2], most[2][-1:]):
             for beside in ((), (LEARN,), (SCORE,), (LEARN, SCORE)):

@@ -172,7 +172,7 @@ def _fused(work: Workload, ranks: int, micro_batches: int) -> PoolMap:
 
 
 def fused_memory(work: Workload, num_gpus: int) -> RankMemory:
-    """Memory of a rank of all three roles, of those of `fused_maps` that which takes the least."""
+    """Least memory of a rank of all three roles, over the layouts of `fused_maps`."""
     maps = fused_maps(work, num_gpus) or [fused_map(work, num_gpus)]
     return min((map_memory(work, one)[FUSED] for one in maps), key=lambda memory: memory.total)
 
