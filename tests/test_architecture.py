@@ -125,6 +125,7 @@ def test_the_core_loads_nothing_but_torch_the_roles_no_ray_and_a_run_in_one_proc
     ]
 
 
+@pytest.mark.slow
 def test_asking_for_help_loads_neither_torch_nor_ray():
     code = (
         "import sys, pipelines.cli\n"
@@ -198,6 +199,7 @@ def test_files_are_written_whole_in_one_place_only():
     assert found == []
 
 
+@pytest.mark.slow
 def test_a_function_fits_on_a_screen():
     too_long = [
         f"{relative(path)}: {node.name}: {length} lines"

@@ -165,6 +165,7 @@ ELSEWHERE = {
 """Names of other programs, and of an example, that pages mention and our sources do not."""
 
 
+@pytest.mark.slow
 def test_files_and_names_that_pages_mention_exist():
     mentioned = [
         (page.name, name)

@@ -23,6 +23,7 @@ def test_an_empty_run_has_no_checkpoint(root):
     assert Checkpoints(root).steps() == []
 
 
+@pytest.mark.slow
 def test_a_folder_without_manifest_is_no_checkpoint(root):
     checkpoints = Checkpoints(root)
     save(checkpoints, 10)
@@ -39,6 +40,7 @@ def test_a_folder_without_manifest_is_no_checkpoint(root):
     assert checkpoints.latest() == 20
 
 
+@pytest.mark.slow
 def test_a_part_torn_or_lost_after_the_commit_is_noticed(root):
     checkpoints = Checkpoints(root)
     for step in (10, 20, 30):

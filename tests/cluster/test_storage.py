@@ -14,6 +14,7 @@ from cluster.storage import read_json, write_json, write_text
 from cluster.storage_errors import full_disk_errors, room_at, storage_errors, with_room
 
 
+@pytest.mark.slow
 def test_a_file_is_replaced_as_a_whole(root):
     write_json(f"{root}/a.json", {"value": 1})
     write_json(f"{root}/a.json", {"value": 2})

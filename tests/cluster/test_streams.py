@@ -71,6 +71,7 @@ class LossyServer:
         monkeypatch.setattr(S3Backend, "put_object", lose)
 
 
+@pytest.mark.slow
 def test_an_upload_that_the_store_has_torn_is_an_error(
     s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,7 @@ def test_stored_prompts_make_the_same_run_bitwise_without_a_text_encoder(
     assert figures[0] == figures[1]
 
 
+@pytest.mark.slow
 def test_what_a_set_lacks_is_named_and_embedded_by_a_text_encoder(
     make_recipe: MakeRecipe, world: Path, wan_folder: Path, tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def test_one_parquet_file_of_embeddings_is_a_set_as_its_folder_is(
     assert "text.encode" not in {key for line in lines for key in line["seconds"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["model.text_length=9", "data.stored_text=false"])
 def test_embeddings_that_do_not_fit_the_recipe_are_computed_anew(
     make_recipe: MakeRecipe, encoded: Path, override: str

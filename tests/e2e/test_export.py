@@ -232,6 +232,7 @@ def test_a_log_that_cannot_be_read_costs_the_card_its_figures_alone(run, tmp_pat
     assert f"the model card is written without {broken.metrics}: a folder" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "step"), [("1", 1), ("2", 2), ("last", 2), (None, 2)])
 def test_any_checkpoint_that_was_kept_is_exported(run, tmp_path, given, step):
     options = ExportOptions(dtype="fp32", components="none")

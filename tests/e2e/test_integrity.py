@@ -156,6 +156,7 @@ def test_without_a_whole_checkpoint_nothing_is_thrown_away(
     assert len(read_jsonl(RunFolder(tmp_path / "run").metrics)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["checkpoints", "nothing"])
 def test_a_run_at_its_end_whose_checkpoints_are_gone_does_not_start_again(
     stopped: DistillConfig, tmp_path: Path, left: str

@@ -127,6 +127,7 @@ def test_two_iterations_are_exported_for_the_pipeline_of_the_kind(kind, run_of, 
     assert np.abs(other.frames - theirs).mean() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "recipe"), [(name, recipe) for name, kind in KINDS.items() for recipe in kind.recipes]
 )

@@ -75,6 +75,7 @@ def test_a_missing_prefix_is_told(s3: str, make_recipe: MakeRecipe) -> None:
         dry_run(make_recipe("data.train=s3://clips/elsewhere"))
 
 
+@pytest.mark.slow
 def test_wrong_keys_are_told_and_never_shown(
     s3: str, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

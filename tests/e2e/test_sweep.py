@@ -34,6 +34,7 @@ GRID = (
 )
 
 
+@pytest.mark.slow
 def test_an_empty_grid_is_refused(make_recipe: MakeRecipe) -> None:
     with pytest.raises(ConfigError, match=r"sweep\.grid"):
         sweep(make_recipe())

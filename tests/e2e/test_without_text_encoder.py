@@ -154,6 +154,7 @@ def test_a_text_without_embedding_is_refused_before_anything_starts(
     run_preflight(make_recipe(*stored(sets, *given)))
 
 
+@pytest.mark.slow
 def test_embeddings_of_several_makers_are_refused_and_prompts_of_another_one_count_for_none(
     make_recipe: MakeRecipe, sets: Path, world: Path, wan_folder: Path, bare: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +177,7 @@ def test_embeddings_of_several_makers_are_refused_and_prompts_of_another_one_cou
         run_preflight(make_recipe(*stored(sets, *given)))
 
 
+@pytest.mark.slow
 def test_a_teacher_without_text_encoder_teaches_and_one_with_another_does_not(
     make_recipe: MakeRecipe, sets: Path, wan_folder: Path, bare: Path, tmp_path: Path, caplog
 ) -> None:

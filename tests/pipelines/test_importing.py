@@ -48,6 +48,7 @@ def single_file(trained: Path, path: Path, prefix: str = "", dtype=torch.float32
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_a_file_of_other_names_has_the_bits_of_the_folder_it_came_from(
     base: Path, trained: Path, tmp_path: Path, prefix: str

@@ -108,6 +108,7 @@ def test_objects_that_hide_each_other_are_read_nearly_as_well(
     assert np.quantile(angles, 0.9) < 0.25
 
 
+@pytest.mark.slow
 def test_objects_that_rest_are_told_from_all_that_move(
     drawn: OpenClips, reading: OpenReading
 ) -> None:

@@ -38,6 +38,7 @@ def to_video(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).float() / 255
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ClipSplit)
 def test_the_measurer_reads_rendered_clips_nearly_without_error(split: ClipSplit) -> None:
     pixels, texts = render_batch(5, range(NUM_CLIPS), split)

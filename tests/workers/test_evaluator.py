@@ -242,6 +242,7 @@ def test_validation_measures_the_clips_it_shows():
     assert np.array_equal(report.teacher_shown[1], to_pixels(partner)[1])
 
 
+@pytest.mark.slow
 def test_every_figure_has_an_interval_and_those_that_rank_the_influence_of_each_clip():
     evaluator, other = _evaluator(), tiny_velocity(4)
     scores = ("frechet", "speed_spearman", "sharpness", "flow_ratio")
@@ -279,6 +280,7 @@ def test_two_clips_are_too_few_to_leave_one_out():
     assert not report.influences
 
 
+@pytest.mark.slow
 def test_diversity_is_how_far_the_two_clips_of_a_caption_are_apart():
     evaluator, other = _evaluator(), tiny_velocity(4)
     figures = ValidationEvaluator(evaluator, _request(), REFERENCE).validate(weights(other)).figures

@@ -88,6 +88,7 @@ def test_clips_of_shapes_move_as_fast_as_they_were_told():
     assert high < 1.12
 
 
+@pytest.mark.slow
 def test_clips_are_measured_one_by_one_whatever_the_batch():
     _, video = rendered(3)
     together = measure_clip_figures(video, fps=8)

@@ -81,6 +81,7 @@ def test_workers_have_the_libraries_of_the_networks_and_nothing_else_in_common()
         assert process["exit code of a child"] == 1
 
 
+@pytest.mark.slow
 def test_what_is_no_worker_is_run_by_the_interpreter_itself(tmp_path):
     with serve_forks(["json"]) as python:
         command = [str(python), "-c", SHOWN, "a b", "$HOME"]
@@ -88,6 +89,7 @@ def test_what_is_no_worker_is_run_by_the_interpreter_itself(tmp_path):
         assert told == "['a b', '$HOME'] False\n"
 
 
+@pytest.mark.slow
 def test_a_worker_is_forked_with_its_arguments_streams_and_folder(tmp_path):
     script = tmp_path / "default_worker.py"
     script.write_text(

@@ -69,6 +69,7 @@ def test_what_may_arrive_late_begins_a_chain_and_what_comes_with_it_does_not():
     assert found == ["draw0 paint0", "draw1 paint1 report", "step"]
 
 
+@pytest.mark.slow
 @each_program
 def test_every_call_is_made_once_in_the_order_of_its_process_after_what_it_takes(name: str):
     joined = 0

@@ -774,6 +774,7 @@ def test_nixl_may_be_asked_for_where_every_role_has_a_gpu():
     assert load_recipe("wan21-1.3b", settings).topology.transport == "nixl"
 
 
+@pytest.mark.slow
 def test_a_recipe_without_a_mode_that_sizes_the_roles_own_pools_means_these(recipe_file: Path):
     def mode_of(topology: str) -> str:
         settings = yaml.safe_load(recipe_file.read_text())

@@ -109,6 +109,7 @@ def test_a_ledger_is_checked_where_the_data_are_now(run, data, tmp_path) -> None
     assert (found.samples, found.is_clean) == (4, True)
 
 
+@pytest.mark.slow
 def test_shards_that_are_new_or_lost_do_not_stop_a_resume(run, model, data) -> None:
     write_rows(data / "train" / "0-before-all-others.parquet", "a blue square moves up")
     (data / "train" / "b.parquet").unlink()

@@ -171,6 +171,7 @@ class TestRows:
         assert evaluation.row(TEACHER_FEW).ratio.value == 1
         assert evaluation.row(FLOOR).above_floor.value == 0
 
+    @pytest.mark.slow
     def test_the_floor_is_above_zero_and_the_generator_is_not_its_teacher(self, evaluation):
         floor, generator = evaluation.row(FLOOR).frechet, evaluation.row(GENERATOR).frechet
         few = evaluation.row(TEACHER_FEW).frechet
@@ -419,6 +420,7 @@ class TestRuns:
         assert (found.rows[0].num_steps, found.rows[0].guidance_scale) == (2, 4.0)
         assert Evaluation.load(run / EVALUATION_FILE) == found
 
+    @pytest.mark.slow
     def test_a_teacher_that_changed_since_the_run_is_refused_unless_it_is_given(
         self, place, tmp_path
     ):

@@ -67,6 +67,7 @@ def gpus_of(group: dict) -> int:
     return int(limits.get("nvidia.com/gpu", 0)) * group.get("replicas", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 5, 9, 17])
 def test_each_pool_has_its_gpus_on_machines_that_it_finds_by_label(number: int):
     recipe, groups = parts(emitted("kuberay", number))
@@ -252,6 +253,7 @@ def test_machines_of_a_kind_have_the_resources_that_its_pools_ask_for():
     assert float(groups[kind]["resources"]["fast"]) == 0.5 * ranks
 
 
+@pytest.mark.slow
 def test_ranks_of_a_kind_that_must_be_apart_have_machines_of_one_gpu():
     config, plan = planned_kinds(*MIXED)
     learn = plan.best.pools["learn"]

@@ -98,6 +98,7 @@ def test_more_parts_that_are_as_fast_take_less_memory():
     assert found.pools[FUSED].samples_per_call == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [2, 8, 16])
 def test_roles_that_share_samples_differently_get_settings_that_a_recipe_takes(batch):
     pools = ("learn.ranks=4", "score.ranks=2")

@@ -160,6 +160,7 @@ def test_processes_beside_the_roles_take_the_last_kind_first():
         make_mixed_plan(WORK, plan.times, kinds("a=1x80@9", "b=1x80@9"), beside={"text": 2.0})
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_every_kind_is_named():
     with pytest.raises(ConfigError, match="no layout fits") as caught:
         planned("T4=8x8@10", "P4=8x4@5")
@@ -218,6 +219,7 @@ def test_options_that_contradict_each_other_are_refused(options, words):
     assert words in " ".join(result.stderr.split())
 
 
+@pytest.mark.slow
 def test_weights_gathered_between_machines_are_slower_than_within_one():
     def iteration_s(**numbers: float) -> float:
         hardware = replace(Hardware(flops=1e16), **numbers)

@@ -201,6 +201,7 @@ def test_passes_add_up():
     assert Passes(1, 0, 0, 1).times(2).units(PassCosts(1.5, 2.0), checkpointed=True) == 5
 
 
+@pytest.mark.slow
 def test_a_run_is_the_sum_of_its_iterations_and_near_its_expectation():
     config = config_of(FRESH)
     whole = run_passes(config, 400)
@@ -350,6 +351,7 @@ def test_networks_that_count_find_what_was_foretold(method):
     assert_foretold(networks, run_passes(config, num_iterations), config.batch.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sgmd shared", "sgmd fresh", "phased_dmd alternate", "rcm"])
 def test_they_find_the_passes_of_a_measured_lag(method):
     lag = "lag={every: 1, updates: 3, batches: 2, rates: [1.0, 4.0]}"

@@ -96,6 +96,7 @@ class TestFinishedRun:
         text = write_report([finished]).read_text()
         assert "default-src 'none'" in text
 
+    @pytest.mark.slow
     def test_every_section_is_there(self, finished):
         assert page(finished).headings == [
             "demo",
@@ -349,6 +350,7 @@ class TestComparison:
         assert "0.05" in differing
         assert "lambda_rc" not in differing
 
+    @pytest.mark.slow
     def test_clips_that_two_runs_share_are_shown_once(self, two):
         # Two captions; two teachers for both runs, and a generator of each.
         assert page(*two).tags.count("video") == 2 * (2 + 2)

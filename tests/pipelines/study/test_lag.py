@@ -79,6 +79,7 @@ def test_the_loss_is_the_error_and_what_nobody_can_predict(trained: GaussianDist
     assert torch.allclose(loss, error + noise, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_what_the_generators_make_has_the_mean_and_covariance_that_are_read_off_them(
     trained: GaussianDistillation,
 ):

@@ -158,6 +158,7 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=re.escape(words)):
             dry_run_sweep(config)
 
+    @pytest.mark.slow
     def test_a_sweep_that_began_with_a_value_twice_goes_on(self, shapes_recipe: tuple[str, ...]):
         values = f"sweep.grid={{{NR}: [0.1, 0.1]}}"
         assert checked_sweep(load_recipe("tiny", [*shapes_recipe, values]), is_new=False) == 0

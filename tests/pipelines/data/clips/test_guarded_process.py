@@ -35,6 +35,7 @@ def test_a_hang_and_a_crash_cost_one_item_each_and_the_others_keep_their_bits() 
         process.close()
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_be_sent_is_an_error_and_no_death() -> None:
     process = GuardedProcess(LIMIT_S)
     try:

@@ -151,6 +151,7 @@ class TestWhatIsTaken:
         assert len(sizes) > 4 or sizes.count(4) == 1
         assert sum(sizes) == 10
 
+    @pytest.mark.slow
     def test_clips_can_be_brought_into_one_format(self, source, tmp_path):
         wanted = ClipFormat(num_frames=5, height=32, width=48, fps=8, policy=FitPolicy.CROP)
         options = PrepareOptions(

@@ -154,6 +154,7 @@ def test_one_object_that_is_never_answered_is_one_rejected_clip_within_its_budge
     assert any("raw/folder/b.mp4" in one.getMessage() for one in caplog.records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trouble", "words"),
     [(Trouble.DENIED, "AWS_ACCESS_KEY_ID"), (Trouble.INTERNAL, "not overloaded or failing")],

@@ -133,6 +133,7 @@ def test_a_setting_that_cannot_work_is_refused() -> None:
         S3Settings(max_attempts=0)
 
 
+@pytest.mark.slow
 def test_signs_in_a_name_are_characters(keys: dict[str, str], tmp_path: Path) -> None:
     for url in ("s3://clips/a::b #?%é/.set", f"{tmp_path}/a::b #?%é/.set"):
         filesystem, root = open_folder(url)

@@ -128,6 +128,7 @@ def judged(name: bytes | None, caption: bytes | None) -> tuple[str, str, tuple[s
     return *texts, why
 
 
+@pytest.mark.slow
 def test_messy_shards_come_as_a_loop_over_their_rows_would_hand_them_out(folder: Path) -> None:
     expected, left_out = row_by_row(folder)
     reasons = {reason for *_, reason, _ in left_out}

@@ -169,6 +169,7 @@ def test_the_first_object_that_is_read_and_not_served_is_a_fault_if_those_beside
     assert found.is_unanswered
 
 
+@pytest.mark.slow
 def test_files_that_we_write_beside_the_data_do_not_show_that_the_data_is_served(
     through: Callable[..., ProxyBook],
 ) -> None:
