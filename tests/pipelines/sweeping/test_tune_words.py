@@ -35,6 +35,9 @@ def test_what_tune_says_is_left_out_within_a_sweep_alone(
 
     monkeypatch.setattr(run, "checked_sweep", say)
     config = load_recipe("tiny", [f"output={tmp_path}", "sweep.grid={seed: [0]}"])
+    # Another test may have left Ray's loggers less talkative.
+    level = TUNE.level
+    TUNE.setLevel(logging.INFO)
     before = (TUNE.level, list(TUNE.filters), list(warnings.filters))
     ear = Ear()
     TUNE.addHandler(ear)
@@ -46,5 +49,7 @@ def test_what_tune_says_is_left_out_within_a_sweep_alone(
             say()
     finally:
         TUNE.removeHandler(ear)
+        after = (TUNE.level, list(TUNE.filters), list(warnings.filters))
+        TUNE.setLevel(level)
     assert len(heard) == 5
-    assert (TUNE.level, list(TUNE.filters), list(warnings.filters)) == before
+    assert after == before
