@@ -27,8 +27,8 @@ from pipelines.planning.memory import (
 )
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.traffic import gathered_bytes, result_bytes
-from pipelines.planning.workload import Workload
-from pipelines.stages.algorithm import SAMPLE, TRACK, TRAINED_WEIGHTS
+from pipelines.planning.workload import TRACKING_STAGES, Workload
+from pipelines.stages.algorithm import TRAINED_WEIGHTS
 from sgmd_core.objectives import ComparedStates
 
 MAX_DEPTH = 4
@@ -39,7 +39,6 @@ _TEACHER_RANKS = (1, 2, 4, 8)
 _RATIOS = ((1, 1), (4, 3), (3, 2), (2, 1), (3, 4), (2, 3), (1, 2), (3, 1))
 """Fake score to generator; others would need batches of many more samples than there are GPUs."""
 _MOST_FREE_PARTS = 33
-_TRACKING = {(stage.role, stage.name) for stage in (SAMPLE, TRACK)}
 _AS_FAST = 1.01
 """Times that are taken for equal: then fewer GPUs and less memory decide."""
 
@@ -289,7 +288,7 @@ def _bound_s(
     own, sizes = work_s(split, work.batch_size), split.sizes
     one = {role: 0.0 for role in ROLES}
     for (role, stage), seconds in times.seconds.items():
-        if (role, stage) not in _TRACKING:
+        if (role, stage) not in TRACKING_STAGES:
             one[role] += seconds * samples / min(sizes[role], samples)
     # A role is idle while the first micro-batch is on its way to it, and after the last one.
     return max(own[role] + sum(one.values()) - one[role] for role in ROLES)

@@ -67,7 +67,8 @@ StageName = tuple[str, str]
 _Arguments = ParamSpec("_Arguments")
 _Figure = TypeVar("_Figure")
 
-_TRACKING = {(stage.role, stage.name) for stage in (SAMPLE, TRACK)}
+TRACKING_STAGES = {(stage.role, stage.name) for stage in (SAMPLE, TRACK)}
+"""Stages of each update of the fake score: role and name."""
 
 
 # Without slots: the work of a stage is found once for all layouts that a search looks at.
@@ -287,7 +288,7 @@ class Workload:
 
     def updates_with(self, stage: StageName) -> int:
         """Times that an iteration goes through a stage: fresh tracking repeats its own."""
-        return self.kind.tracking_updates if stage in _TRACKING else 1
+        return self.kind.tracking_updates if stage in TRACKING_STAGES else 1
 
     @cached_property
     def remembered(self) -> dict[Any, Any]:
