@@ -74,20 +74,24 @@ WHOLE = ["iterations=4", "checkpoint.every=2"]
 Reference = Callable[[str], DistillConfig]
 
 
-@pytest.fixture(scope="module")
-def reference(module_recipe: MakeRecipe) -> Reference:
-    """Runs of `WHOLE` in one process, made once a mode."""
+def runs_in_one_process(module_recipe: MakeRecipe, settings: list[str], *saved: int) -> Reference:
+    """Runs in one process, made once a mode; the last saved iteration moves what is compared."""
 
     @cache
     def run(mode: str) -> DistillConfig:
-        config = module_recipe(f"name={mode}", *WHOLE, *MODES[mode])
+        config = module_recipe(f"name={mode}", *settings, *MODES[mode])
         distill(config)
-        assert len(history(config)) == 4
-        # Each iteration moves what is compared.
-        assert_moves(moments(config, 4), moments(config, 2))
+        before, last = saved
+        assert len(history(config)) == last
+        assert_moves(moments(config, last), moments(config, before))
         return config
 
     return run
+
+
+@pytest.fixture(scope="module")
+def reference(module_recipe: MakeRecipe) -> Reference:
+    return runs_in_one_process(module_recipe, WHOLE, 2, 4)
 
 
 @pytest.mark.ray

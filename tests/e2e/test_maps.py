@@ -4,14 +4,19 @@ With one rank a pool the bits are those of one process; with several they differ
 do: see `test_topologies`.
 """
 
-from functools import cache
-
 import pytest
 
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.run import distill
 from tests.e2e.conftest import MakeRecipe
-from tests.e2e.test_equivalence import MODES, Reference, history, moments, state
+from tests.e2e.test_equivalence import (
+    MODES,
+    Reference,
+    history,
+    moments,
+    runs_in_one_process,
+    state,
+)
 from tests.e2e.test_topologies import (
     BATCH,
     LEARNERS,
@@ -46,17 +51,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cl
 
 @pytest.fixture(scope="module")
 def one_process(module_recipe: MakeRecipe) -> Reference:
-    """Runs of `BY_FOUR` in one process, made once a mode."""
-
-    @cache
-    def run(mode: str) -> DistillConfig:
-        config = module_recipe(f"name={mode}", *BY_FOUR, *MODES[mode])
-        distill(config)
-        # Each iteration moves what is compared.
-        assert_moves(moments(config, 2), moments(config, 1))
-        return config
-
-    return run
+    return runs_in_one_process(module_recipe, BY_FOUR, 1, 2)
 
 
 @pytest.fixture(scope="module")
