@@ -233,6 +233,27 @@ def test_a_worker_of_a_job_is_forked_in_the_folder_of_its_files(tmp_path: Path):
     assert told == f"True\n{folder} x ['--number=1']\n"
 
 
+def test_ray_is_imported_before_the_fork_with_the_settings_of_the_process_and_not_for_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "site-packages" / "ray"
+    folder.mkdir(parents=True)
+    told = "import sys; print('ray' in sys.modules)"
+    setting = "from ray._raylet import Config; print(Config.max_grpc_message_size())"
+    for name in ("told.py", "default_worker.py"):
+        (folder / name).write_text(f"{told}\n{setting}\n")
+    monkeypatch.delenv("RAY_max_grpc_message_size", raising=False)
+    _, default = output(folder / "told.py").splitlines()
+    # Ray keeps what it has read when it was imported: another setting needs another server.
+    monkeypatch.setenv("RAY_max_grpc_message_size", "12345678")
+    assert default != "12345678"
+    assert output(folder / "told.py") == "True\n12345678\n"
+    assert output(folder / "default_worker.py") == "False\n12345678\n"
+    monkeypatch.delenv("RAY_max_grpc_message_size")
+    assert output(folder / "told.py") == f"True\n{default}\n"
+    assert output("-c", told) == "False\n"
+
+
 @pytest.fixture
 def network() -> Iterator[str]:
     if why := why_no_machines():

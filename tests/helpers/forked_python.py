@@ -96,13 +96,13 @@ _OF_RAY = (
     "ray.autoscaler.v2.monitor",
 )
 _USES_RAY = ("ray.scripts.scripts", "pipelines.cli", "pipelines.submitting.in_job")
-"""Modules that are run and import Ray, besides Ray's own scripts."""
+"""Modules that are run and import Ray, always or for most commands, besides Ray's scripts."""
 _OF_ONE_PROCESS = {
     *("RAY_ADDRESS", "RAY_JOB_ID", "RAY_NODE_ID", "RAY_RAYLET_PID"),
     *("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_STOP_WAIT_TIME_S", "RAY_USAGE_STATS_ENABLED"),
     *("RAY_LD_PRELOAD_ON_WORKERS", "RAY_IGNORE_UNHANDLED_ERRORS", "RAY_TMPDIR"),
 }
-"""Variables of Ray that it reads when they are used and not when it is imported."""
+"""Variables of Ray that are no settings: it reads them when they are used, or in its workers."""
 _SHARED = "SGMD_TESTS_FORKED_PYTHON"
 _AGENTS = ("dashboard/agent.py", "runtime_env/agent/main.py")
 """Ends of the paths of Ray's agents."""
@@ -399,7 +399,7 @@ def _receive(client: socket.socket, files: list[int]) -> bytes:
 
 
 def _uses_ray(start: Sequence[str]) -> bool:
-    """Returns True for the commands of this project, and of Ray, that import Ray in any case.
+    """Returns True for commands of this project, and of Ray, that are likely to import Ray.
 
     Not for its workers: when it is imported, Ray reads which job and which raylet they belong to.
     """
