@@ -29,6 +29,7 @@ from tests.helpers.small_network import (
 )
 from tests.helpers.toy_family import write_toy
 from workers.measures import ENTRY_POINTS, MEASURES, load_measure, measure_source
+from workers.models.families import families
 from workers.models.family import Denoiser, ModelFamily
 from workers.models.shape import DenoiserShape
 
@@ -198,20 +199,41 @@ def test_a_measure_whose_function_has_no_source_file_is_refused():
         load_measure(point, MEASURES)
 
 
-def test_a_measure_that_cannot_be_used_is_left_out_with_a_warning(tmp_path):
-    package = write_package(tmp_path, f"[{ENTRY_POINTS}]\nodd = no_package:A\n")
-    shown = "from workers.measures import MEASURES; print(len(MEASURES))"
+LEFT_OUT = """
+from pipelines.config.recipe import load_recipe
+from sgmd_core.errors import ConfigError
+from workers.measures import MEASURES
+from workers.models.families import families
+
+load_recipe("tiny")
+print(len(MEASURES), len(families()), len(families()))
+for name in ("odd", "another"):
+    try:
+        load_recipe("tiny", [f"objective.method={name}"])
+    except ConfigError as error:
+        print(error.found)
+"""
+
+
+def test_extensions_that_cannot_be_used_are_left_out_with_a_warning_each(tmp_path):
+    groups = ("sgmd.objectives", "sgmd.measures", "sgmd.families")
+    package = write_package(tmp_path, "".join(f"[{each}]\nodd = no_package:A\n" for each in groups))
     done = subprocess.run(
-        [forked_python(), "-c", shown],
+        [forked_python(), "-c", LEFT_OUT],
         cwd=package,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT)])},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.stdout == f"{len(MEASURES)}\n"
-    assert "a measure is left out: " in done.stderr
-    assert "No module named 'no_package'" in done.stderr
+    sizes, odd, another = done.stdout.splitlines()
+    assert sizes == f"{len(MEASURES)} {len(families())} {len(families())}"
+    assert odd.startswith('objective.method is "odd", which its package cannot provide. While')
+    assert "No module named 'no_package'" in odd
+    assert another.startswith("objective.method is \"another\", expected one of 'sgmd', ")
+    assert "left out, as it cannot be used: odd (ModuleNotFoundError: " in another
+    for kind in ("a measure", "an objective", "a model family"):
+        assert done.stderr.count(f"{kind} is left out: While loading") == 1
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,17 @@ The package must be installed wherever a clip is measured. One that cannot be us
 and its figures are unknown. No measure here needs a trained network.
 """
 
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgmd_core.errors import ConfigError
-from sgmd_core.extensions import Extension
+from sgmd_core.extensions import Extension, load_extensions
 from sgmd_core.metrics.appearance import contrast, saturation, sharpness
 from sgmd_core.metrics.distributions import (
     count_distance,
@@ -49,7 +47,6 @@ MIN_FRAMES = 3
 """Smoothness compares two successive steps of a motion."""
 _MADE_OF_OTHERS = ("above_floor", "ratio", "speed_ratio")
 """Figures of an evaluation that are no measures of their own."""
-_log = logging.getLogger(__name__)
 
 _OWN: tuple[Measure, ...] = (
     Measure(
@@ -273,18 +270,7 @@ def _figure_names(measure: Measure) -> tuple[str, ...]:
     return (measure.name, f"{measure.name}_ratio") if measure.has_ratio else (measure.name,)
 
 
-def _from_outside() -> dict[EntryPoint, Measure]:
-    found: dict[EntryPoint, Measure] = {}
-    for point in sorted(entry_points(group=ENTRY_POINTS)):
-        try:
-            found[point] = load_measure(point, (*_OWN, *found.values()))
-        except ConfigError as error:
-            # Commands that measure nothing need none of them, and ours work without.
-            _log.warning("a measure is left out: %s", error)
-    return found
-
-
-_FROM_OUTSIDE = _from_outside()
+_FROM_OUTSIDE = load_extensions(ENTRY_POINTS, "a measure", load_measure, _OWN).usable
 
 OUTSIDE_ORIGINS = tuple(
     (measure.name, point.value, *((point.dist.name, point.dist.version) if point.dist else ()))

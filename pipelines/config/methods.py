@@ -8,19 +8,21 @@ package comes in by the entry point group `sgmd.objectives`, whose values are ob
     [project.entry-points."sgmd.objectives"]
     pseudo_huber = "my_package.pseudo_huber:PseudoHuberObjective"
 
+One that cannot be used costs a warning, and is an error where a recipe names it.
+
 The recipe's section, the table of docs/methods.md, the leading losses of progress and report, and
 the tests that run over all methods are made from `METHODS`.
 """
 
 import functools
 import operator
-from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from sgmd_core.extensions import Extension
+from sgmd_core.extensions import Extension, load_extensions
 from sgmd_core.objectives import GradientPath, Objective
 from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.cdm import CdmObjective
@@ -66,8 +68,12 @@ def method_name(objective: type[Objective]) -> str:
     return str(objective.__dataclass_fields__["method"].default)  # pyright: ignore
 
 
-def load_method(point: EntryPoint) -> type[Objective]:
+def load_method(point: EntryPoint, others: Sequence[type[Objective]] = _OWN) -> type[Objective]:
     """Loads an objective of another package.
+
+    Args:
+        point: Its entry point.
+        others: Methods whose names are taken.
 
     Raises:
         ConfigError: It cannot be imported, is not a dataclass with what `Objective` asks for, or
@@ -82,16 +88,31 @@ def load_method(point: EntryPoint) -> type[Objective]:
             f"{objective!r} without {', '.join(missing) or 'a field method'}",
             "a frozen dataclass as in sgmd_core/objectives/sgmd.py",
         )
-    if method_name(objective) in {method_name(own) for own in _OWN}:
-        raise extension.refusal(f"a second {point.name}", "a name of its own")
+    if method_name(objective) in {method_name(other) for other in others}:
+        raise extension.refusal(f"a second {method_name(objective)}", "a name of its own")
     return objective
 
 
-METHODS: tuple[type[Objective], ...] = (
-    *_OWN,
-    *(load_method(point) for point in sorted(entry_points(group=ENTRY_POINTS))),
-)
+_FROM_OUTSIDE = load_extensions(ENTRY_POINTS, "an objective", load_method, _OWN)
+
+METHODS: tuple[type[Objective], ...] = (*_OWN, *_FROM_OUTSIDE.usable.values())
 """Every method, ours first."""
+
+
+def unknown_method(name: str) -> str:
+    """Words on a method that a recipe names and there is not.
+
+    Args:
+        name: The method, as the recipe has it.
+
+    Returns:
+        A clause that follows the name: the error of the package that has it, or the methods.
+    """
+    error = _FROM_OUTSIDE.faulty.get(name)
+    if error is not None:
+        return f"which its package cannot provide. {error}"
+    known = ", ".join(repr(method_name(method)) for method in METHODS)
+    return f"expected one of {known}{_FROM_OUTSIDE.words()}"
 
 
 def _method(section: Any) -> str | None:  # noqa: ANN401  (whatever a recipe holds)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.redaction import has_user, without_secrets
+from pipelines.config.methods import unknown_method
 from pipelines.config.overrides import nearest_key
 from pipelines.config.yaml_text import shortened
 from sgmd_core.errors import ConfigError
@@ -254,8 +255,8 @@ def _problems(
             section, _, name = key.rpartition(".")
             return [f"{key} has dots, as on the command line; write {name} into {section}"]
         case "union_tag_invalid":
-            found, expected = (detail.get("ctx", {})[name] for name in ("tag", "expected_tags"))
-            return [f"{key}.method is {json.dumps(found)}, expected one of {expected}"]
+            found = str(detail.get("ctx", {})["tag"])
+            return [f"{key}.method is {json.dumps(found)}, {unknown_method(found)}"]
         case "extra_forbidden" | "unexpected_keyword_argument" if asked := _ring_key(
             key, detail["input"]
         ):

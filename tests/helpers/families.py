@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.models.families import ENTRY_POINTS, families
+from workers.models.families import ENTRY_POINTS, look_for_families_again
 
 TOY = "tests.helpers.toy_family:ToyFamily"
 
@@ -26,8 +26,8 @@ def installed_family(folder: Path, value: str = TOY) -> Iterator[None]:
     write_package(folder, f"[{ENTRY_POINTS}]\ntoy = {value}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        families.cache_clear()
+        look_for_families_again()
         try:
             yield
         finally:
-            families.cache_clear()
+            look_for_families_again()

@@ -593,5 +593,9 @@ class TestFamiliesFromOutside:
         (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
         with installed_family(tmp_path / "site", "no_such_package.x:Y"):
             assert family_of(tmp_path / "model").name == "wan"
-            with pytest.raises(ConfigError, match="no_such_package"):
-                families()
+            assert "wan" in {family.name for family in families()}
+            with pytest.raises(ConfigError, match=r"left out.*no_such_package.*one of wan"):
+                family_named("toy")
+            (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "ToyPipeline"}')
+            with pytest.raises(ModelFolderError, match=r"left out.*toy \(.*no_such_package"):
+                family_of(tmp_path / "model")

@@ -6,20 +6,21 @@ entry point group `sgmd.families`, whose values are classes that are made withou
     [project.entry-points."sgmd.families"]
     toy = "my_package.toy:ToyFamily"
 
-The package must be installed wherever a role runs.
+The package must be installed wherever a role runs. One that cannot be used costs a warning, and is
+named in the error of a folder or name for which no family is known.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sgmd_core.errors import ConfigError, ModelFolderError
-from sgmd_core.extensions import Extension
+from sgmd_core.extensions import Extension, Extensions, load_extensions
 from sgmd_core.phases import Expert
 from workers.models.addresses import missing_folder
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
@@ -62,16 +63,18 @@ _MEMBERS = tuple(name for name in vars(ModelFamily) if not name.startswith("_"))
 
 
 @cache
-def families() -> tuple[ModelFamily, ...]:
-    """Every family, ours first.
+def _from_outside() -> Extensions[ModelFamily]:
+    return load_extensions(ENTRY_POINTS, "a model family", load_family, _OWN)
 
-    Raises:
-        ConfigError: A family from outside cannot be used.
-    """
-    found = list(_OWN)
-    for point in sorted(entry_points(group=ENTRY_POINTS)):
-        found.append(load_family(point, found))
-    return tuple(found)
+
+def families() -> tuple[ModelFamily, ...]:
+    """Every family that can be used, ours first."""
+    return (*_OWN, *_from_outside().usable.values())
+
+
+def look_for_families_again() -> None:
+    """Forgets which families from outside there are, where packages have come or gone."""
+    _from_outside.cache_clear()
 
 
 def family_named(name: str) -> ModelFamily:
@@ -84,7 +87,8 @@ def family_named(name: str) -> ModelFamily:
         if family.name == name:
             return family
     names = ", ".join(family.name for family in families())
-    raise ConfigError("looking for a model family", f"the name {name!r}", f"one of {names}")
+    found = f"the name {name!r}{_from_outside().words()}"
+    raise ConfigError("looking for a model family", found, f"one of {names}")
 
 
 def family_of(folder: str | Path) -> ModelFamily:
@@ -105,7 +109,7 @@ def family_of(folder: str | Path) -> ModelFamily:
     if not path.is_dir():
         raise missing_folder(path, f"loading the model {path}")
     index = read_model_json(path / INDEX_FILE) if (path / INDEX_FILE).exists() else None
-    # Ours first, so that a broken package of another family does not stop them.
+    # Ours first, so that a folder of ours loads no package of another family.
     for known in (lambda: _OWN, families):
         for family in known():
             if _holds(path, index, family.traits):
@@ -165,12 +169,12 @@ def modules_of(folder: str | Path) -> tuple[str, ...]:
     return ("workers.build", *family_of(folder).traits.modules)
 
 
-def load_family(point: EntryPoint, others: list[ModelFamily] | None = None) -> ModelFamily:
+def load_family(point: EntryPoint, others: Sequence[ModelFamily] = _OWN) -> ModelFamily:
     """Loads a family of another package.
 
     Args:
         point: Its entry point.
-        others: Families whose names and classes are taken; None: ours.
+        others: Families whose names and classes are taken.
 
     Raises:
         ConfigError: It cannot be imported or made, lacks members of `ModelFamily`, or takes the
@@ -186,7 +190,7 @@ def load_family(point: EntryPoint, others: list[ModelFamily] | None = None) -> M
     if missing:
         found = f"{family!r} without {', '.join(missing)}"
         raise extension.refusal(found, "the members of sgmd.ModelFamily")
-    for other in _OWN if others is None else others:
+    for other in others:
         same_class = other.traits.layout.pipeline_class == family.traits.layout.pipeline_class
         if other.name == family.name or same_class:
             found = f"{family.name} for {family.traits.layout.pipeline_class}, which is taken"
@@ -211,7 +215,8 @@ def _no_model(folder: Path) -> ModelFolderError:
     pipelines = dict.fromkeys(family.traits.layout.pipeline_class for family in families())
     return ModelFolderError(
         f"loading the model {folder}",
-        f"no {INDEX_FILE}" + (" and nothing else" if not any(folder.iterdir()) else ""),
+        f"no {INDEX_FILE}"
+        + (" and nothing else" if not any(folder.iterdir()) else _from_outside().words()),
         f"a folder in the format of diffusers, of {' or '.join(pipelines)}",
         "Check the path; where a run is meant, its folder is OUTPUT/NAME and has a config.yaml",
     )
@@ -238,7 +243,7 @@ def _unknown(folder: Path, found: str) -> ModelFolderError:
     )
     return ModelFolderError(
         f"reading {folder / INDEX_FILE}",
-        found,
+        found + _from_outside().words(),
         f"a family that is known: {known}",
         f"Give a folder of one of them, or install the package of its family ({ENTRY_POINTS})",
     )
