@@ -12,7 +12,6 @@ through the fake score are tried with all of them: which is faster depends on th
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.plan import best_layouts
@@ -37,9 +36,8 @@ def fastest_fit(
         hardware: What it runs on.
         num_gpus: For the three roles.
     """
-    unbound = replace(hardware, memory_gb=math.inf, host_memory_gb=math.inf, spare_share=0.0)
     ideal_s = min(
-        best_layouts(one, times_of(one), unbound, num_gpus)[0].iteration_s
+        best_layouts(one, times_of(one), hardware.unbound, num_gpus)[0].iteration_s
         for one in (work, work.other_walk)
         if one is not None
     )

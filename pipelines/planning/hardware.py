@@ -9,6 +9,7 @@ model family with the same kind of sharding: Wan 2.1 14B, 37,440 tokens a sample
 175.9, with Megatron on 128 H100 325.8.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -65,6 +66,11 @@ class Hardware:
     def usable_bytes(self) -> float:
         """Bytes that a rank may fill."""
         return GB * (self.memory_gb * (1 - self.spare_share) - self.reserve_gb)
+
+    @property
+    def unbound(self) -> Self:
+        """GPUs and machines as fast as these that hold anything."""
+        return replace(self, memory_gb=math.inf, host_memory_gb=math.inf, spare_share=0.0)
 
     def gather_s(self, num_bytes: float, ranks: int) -> float:
         """Seconds until each of several ranks has been sent the parts that it lacks."""

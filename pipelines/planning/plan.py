@@ -277,7 +277,7 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
     gpus = count_in_words(num_gpus, "GPU")
     attempted = f"planning for {gpus} of {hardware.memory_gb:g} GB"
     roomy = replace(hardware, host_memory_gb=math.inf)
-    if not run_fits(work, replace(roomy, memory_gb=math.inf, spare_share=0.0), num_gpus):
+    if not run_fits(work, hardware.unbound, num_gpus):
         return ConfigError(
             attempted,
             f"in no layout does every rank get samples: batch.size is {work.batch_size}, and "

@@ -9,7 +9,7 @@ faster: that changes no time and keeps a plan for a thousand GPUs as quick as on
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -27,7 +27,7 @@ from pipelines.planning.memory import (
 )
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.traffic import gathered_bytes, result_bytes
-from pipelines.planning.workload import TRACKING_STAGES, Workload
+from pipelines.planning.workload import TRACKING_STAGES, StageName, Workload, remember
 from pipelines.stages.algorithm import TRAINED_WEIGHTS
 from sgmd_core.objectives import ComparedStates
 
@@ -41,6 +41,8 @@ _RATIOS = ((1, 1), (4, 3), (3, 2), (2, 1), (3, 4), (2, 3), (1, 2), (3, 1))
 _MOST_FREE_PARTS = 33
 _AS_FAST = 1.01
 """Times that are taken for equal: then fewer GPUs and less memory decide."""
+_NOT_LESS = 1 - 1e-6
+"""A sum of seconds that is added up in another order differs by less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +126,18 @@ def find_best(
         if max(work_s(split, work.batch_size).values()) < below_s and _fits(work, hardware, split)
     ]
     fitting.sort(key=lambda split: _bound_s(work, times, split, work_s))
-    found = [
-        predict(work, times, hardware, deeper)
-        for split in fitting[:_SIMULATED]
-        for deeper in _depths(work, hardware, split)
-    ]
+    found: list[Prediction] = []
+    fastest_s = math.inf
+    for split in fitting[:_SIMULATED]:
+        # No order of its calls makes a role faster than its work.
+        least_s = _NOT_LESS * max(work_s(split, work.batch_size).values())
+        if least_s > _AS_FAST * fastest_s:
+            continue
+        for deeper in _depths(work, hardware, split):
+            found.append(predict(work, times, hardware, deeper))
+            fastest_s = min(fastest_s, found[-1].iteration_s)
     if not found:
         return None
-    fastest_s = min(one.iteration_s for one in found)
     best = _smallest(found, fastest_s)
     return _with_fewer_teachers(work, times, hardware, best, fastest_s)
 
@@ -225,17 +231,31 @@ def any_split_fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
 
 def predict(work: Workload, times: StageTimes, hardware: Hardware, split: PoolSplit) -> Prediction:
     """Simulates some iterations of a split."""
-    timeline = simulate(*_schedule(work, times, hardware, split))
+    # The same splits are asked for with GPUs of several sizes, which change no seconds.
+    seconds = tuple(times.seconds.items())
+    iteration_s, busy = _simulated(work, seconds, hardware.unbound, split)
+    return Prediction(split, iteration_s, dict(busy), rank_memory(work, split))
+
+
+@remember
+def _simulated(
+    work: Workload,
+    seconds: tuple[tuple[StageName, float], ...],
+    hardware: Hardware,
+    split: PoolSplit,
+) -> tuple[float, Mapping[str, float]]:
+    """Seconds of an iteration, and the part of its time that each role works."""
+    timeline = simulate(*_schedule(work, dict(seconds), hardware, split))
     whole_s = timeline.duration_s
     busy = {role: 0.0 for role in ROLES}
     for usage in timeline.usage():
         count = split.teams[TEACHER].size if usage.role == TEACHER else 1
         busy[usage.role] += usage.busy_s / whole_s / count
-    return Prediction(split, timeline.iteration_s, busy, rank_memory(work, split))
+    return timeline.iteration_s, busy
 
 
 def _schedule(
-    work: Workload, times: StageTimes, hardware: Hardware, split: PoolSplit
+    work: Workload, seconds: Mapping[StageName, float], hardware: Hardware, split: PoolSplit
 ) -> tuple[list[Call], Costs, dict[str, Team]]:
     teams = {GENERATOR: Team(), TEACHER: split.teams[TEACHER], FAKE_SCORE: Team()}
     samples = work.batch_size // split.micro_batches
@@ -247,11 +267,15 @@ def _schedule(
         samples_per_micro_batch=samples,
         num_iterations=_ITERATIONS,
     )
-    return calls, _costs(work, times, hardware, split, samples), teams
+    return calls, _costs(work, seconds, hardware, split, samples), teams
 
 
 def _costs(
-    work: Workload, times: StageTimes, hardware: Hardware, split: PoolSplit, samples: int
+    work: Workload,
+    sample_s: Mapping[StageName, float],
+    hardware: Hardware,
+    split: PoolSplit,
+    samples: int,
 ) -> Costs:
     teams, weights = split.teams, 4 * work.shape.num_parameters
     step_s = {role: update_s(work, hardware, role, teams[role].ranks) for role in ROLES}
@@ -264,7 +288,7 @@ def _costs(
         if call.micro_batch is None:
             return step_s[call.role] if call.stage == STEP else step_s[call.role] / 10
         folded = 1 if call.role == TEACHER else teams[call.role].ranks
-        working_s = times.seconds[name] * call.num_samples / folded
+        working_s = sample_s[name] * call.num_samples / folded
         # Weights are gathered while the layer before computes.
         return max(working_s, hardware.gather_s(gathered[name], teams[call.role].ranks))
 
