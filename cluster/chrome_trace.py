@@ -44,7 +44,7 @@ def trace_events(works: Sequence[Work], iterations: Sequence[Sequence[IssuedCall
 
 def _slices(work: Work, pid: int) -> Iterable[Event]:
     label = work.label
-    facts = {"iteration": label.iteration, "micro_batch": label.micro_batch, "phase": label.phase}
+    facts = {"iteration": label.iteration, "micro_batch": label.micro_batch, "phase": label.part}
     known = {name: value for name, value in facts.items() if value is not None}
     yield _slice(work.method, work.arrived_s, work.left_s, pid, work.rank, known)
     for name, start_s, end_s in (

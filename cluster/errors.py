@@ -46,7 +46,7 @@ class WorkerDiedError(ClusterError):
     Args:
         group: Name of the worker group.
         rank: Rank within the group.
-        phase: What the controller was waiting for.
+        attempted: What the controller was waiting for.
         cause: One sentence about how it ended.
         node: Address of its machine; empty where it is not known.
         pid: Its process id there; 0 where it is not known.
@@ -57,7 +57,7 @@ class WorkerDiedError(ClusterError):
         self,
         group: str,
         rank: int,
-        phase: str,
+        attempted: str,
         cause: str,
         node: str = "",
         pid: int = 0,
@@ -66,16 +66,15 @@ class WorkerDiedError(ClusterError):
         where = ", ".join([*([f"pid {pid}"] if pid else []), *([f"on {node}"] if node else [])])
         said = "".join(f"\n  | {line}" for line in last_lines)
         super().__init__(
-            phase,
+            attempted,
             f"the process of {group} rank {rank}{f' ({where})' if where else ''} is gone: {cause}"
             + (f". Its last log lines:{said}\n" if said else ""),
             "every rank to live as long as its group",
             "Its state is lost: resume the run from its last checkpoint",
         )
-        self.args = (group, rank, phase, cause, node, pid, last_lines)
+        self.args = (group, rank, attempted, cause, node, pid, last_lines)
         self.group = group
         self.rank = rank
-        self.phase = phase
         self.cause = cause
         self.node = node
         self.pid = pid
@@ -88,7 +87,7 @@ class WorkerFrozenError(WorkerDiedError):
     Args:
         group: Name of the worker group.
         rank: Rank within the group.
-        phase: What the controller was waiting for.
+        attempted: What the controller was waiting for.
         cause: One sentence: its call, and for how long it was silent or stuck.
         node: Address of its machine.
         pid: Its process id there.
@@ -100,15 +99,15 @@ class WorkerFrozenError(WorkerDiedError):
         self,
         group: str,
         rank: int,
-        phase: str,
+        attempted: str,
         cause: str,
         node: str = "",
         pid: int = 0,
         last_lines: tuple[str, ...] = (),
         dump: str = "",
     ) -> None:
-        super().__init__(group, rank, phase, cause, node, pid, last_lines)
-        self.args = (group, rank, phase, cause, node, pid, last_lines, dump)
+        super().__init__(group, rank, attempted, cause, node, pid, last_lines)
+        self.args = (group, rank, attempted, cause, node, pid, last_lines, dump)
         self.dump = dump
         if dump:
             self.remedy += f". Stacks of it and of its partners are in {dump}"
@@ -120,7 +119,7 @@ class NodeLostError(WorkerDiedError):
     Args:
         group: Group of the first process that was there.
         rank: Its rank.
-        phase: What the controller was waiting for.
+        attempted: What the controller was waiting for.
         cause: One sentence about how the machine was lost.
         node: Its address.
         lost: (group, rank) of every worker that was there.
@@ -130,13 +129,13 @@ class NodeLostError(WorkerDiedError):
         self,
         group: str,
         rank: int,
-        phase: str,
+        attempted: str,
         cause: str,
         node: str = "",
         lost: tuple[tuple[str, int], ...] = (),
     ) -> None:
-        super().__init__(group, rank, phase, cause, node)
-        self.args = (group, rank, phase, cause, node, lost)
+        super().__init__(group, rank, attempted, cause, node)
+        self.args = (group, rank, attempted, cause, node, lost)
         self.lost = lost or ((group, rank),)
         there = ", ".join(f"{name} rank {number}" for name, number in self.lost)
         self.found = f"the machine {node or 'of some workers'} is gone: {cause}. It had {there}"
@@ -176,23 +175,24 @@ class CallTimeoutError(ClusterError, TimeoutError):
         group: Name of the first group that is late.
         rank: Its rank.
         method: The call that has not come back.
-        phase: What the controller was waiting for.
+        attempted: What the controller was waiting for.
         timeout_s: How long it waited.
     """
 
-    def __init__(self, group: str, rank: int, method: str, phase: str, timeout_s: float) -> None:
+    def __init__(
+        self, group: str, rank: int, method: str, attempted: str, timeout_s: float
+    ) -> None:
         super().__init__(
-            phase,
+            attempted,
             f"{group} rank {rank} did not finish {method}() within {timeout_s:g} s",
             "an answer in time",
             "A rank that waits for another one's result counts as late too. Raise the timeout if"
             " the work is slow; otherwise look at the stack of that process (py-spy dump)",
         )
-        self.args = (group, rank, method, phase, timeout_s)
+        self.args = (group, rank, method, attempted, timeout_s)
         self.group = group
         self.rank = rank
         self.method = method
-        self.phase = phase
         self.timeout_s = timeout_s
 
 

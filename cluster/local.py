@@ -60,9 +60,9 @@ class LocalWorkerGroup(WorkerGroup[W]):
         self._workers = list(workers)
         self._works: deque[Work] = deque(maxlen=_MOST_WORK_KEPT)
 
-    def fetch(self, futures: Sequence[Future[R]], timeout_s: float, phase: str) -> list[R]:
+    def fetch(self, futures: Sequence[Future[R]], timeout_s: float, attempted: str) -> list[R]:
         """The results; a call has run when `fetch` is reached, so the timeout never passes."""
-        return [self._value(future, phase) for future in futures]
+        return [self._value(future, attempted) for future in futures]
 
     def is_done(self, future: Future[Any]) -> bool:
         """Always: a call runs when it is made."""
@@ -116,10 +116,10 @@ class LocalWorkerGroup(WorkerGroup[W]):
             times = (started_s, started_s, ended_s, ended_s)
             self._works.append(Work(self.name, rank, method, current_label(), *times))
 
-    def _value(self, future: Future[R], phase: str) -> R:
+    def _value(self, future: Future[R], attempted: str) -> R:
         if not isinstance(future, LocalFuture):
             raise ClusterError(
-                phase,
+                attempted,
                 f"a result of group {future.group}, which lives in other processes",
                 "results of groups of this process",
                 "Fetch it through its own group",
@@ -128,7 +128,7 @@ class LocalWorkerGroup(WorkerGroup[W]):
             raise future.outcome.error
         where = array_in(to_wire(future.outcome.value, "result"))
         if where is not None:
-            raise refuse_array(future, where, phase)
+            raise refuse_array(future, where, attempted)
         return future.outcome.value
 
 

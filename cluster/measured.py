@@ -25,13 +25,13 @@ _CallKey = tuple[str, int, int | None, int | None, str, int | None]
 def key_of_work(work: Work) -> _CallKey:
     """Returns the schedule's key of a piece of work, or None if no schedule issued it."""
     label = work.label
-    return (work.role, work.rank, label.iteration, label.phase, work.method, label.micro_batch)
+    return (work.role, work.rank, label.iteration, label.part, work.method, label.micro_batch)
 
 
 def key_of_call(one: IssuedCall) -> _CallKey:
     """The same for a call that was made."""
     call = one.call
-    return (call.role, call.rank, call.iteration, call.phase, call.stage, call.micro_batch)
+    return (call.role, call.rank, call.iteration, call.part, call.stage, call.micro_batch)
 
 
 def measured_timeline(

@@ -40,6 +40,16 @@ def real_path(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def nearest_folder(path: str | Path) -> Path:
+    """A path if it is a folder, or the nearest folder above it; links are followed.
+
+    Args:
+        path: A local path, of which a part may not be there.
+    """
+    whole = Path(path).absolute()
+    return next(each for each in (whole, *whole.parents) if kind_of_path(each) == "a folder")
+
+
 def require_file(path: str | Path) -> None:
     """Checks that nothing but a file, or nothing at all, stands at a local path.
 
@@ -69,9 +79,10 @@ def require_writable(folder: str | Path, setting: str, *, is_file: bool = False)
     if is_file and (kind := kind_of_path(path)) not in ("", "a file"):
         raise ConfigError(attempted, f"{kind} of that name", "a file, or a free name", _ELSEWHERE)
     above = (*path.parents,) if is_file else (path, *path.parents)
-    there = next(each for each in above if os.path.lexists(each))
-    if (kind := kind_of_path(there)) != "a folder":
-        raise ConfigError(attempted, f"{there} is {kind}", "a folder", _ELSEWHERE)
+    in_way = next((one for one in above if kind_of_path(one) not in ("", "a folder")), None)
+    if in_way is not None:
+        raise ConfigError(attempted, f"{in_way} is {kind_of_path(in_way)}", "a folder", _ELSEWHERE)
+    there = nearest_folder(above[0])
     try:
         # Rights alone do not tell: a disk may be read-only.
         with tempfile.TemporaryFile(dir=there):

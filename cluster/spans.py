@@ -27,20 +27,20 @@ class Label:
 
     Attributes:
         iteration: Which iteration; None outside of any.
-        phase: Which part of the iteration's program.
+        part: Number of the part of the iteration's program.
         micro_batch: Which micro-batch; None if it is about none, or about several.
     """
 
     iteration: int | None = None
-    phase: int | None = None
+    part: int | None = None
     micro_batch: int | None = None
 
     @property
     def in_words(self) -> str:
-        """Such as `iteration 3, phase 0, micro-batch 1`; empty outside of any."""
-        named = ("iteration", self.iteration), ("phase", self.phase)
+        """Such as `iteration 3, part 0, micro-batch 1`; empty outside of any."""
+        named = ("iteration", self.iteration), ("part", self.part)
         parts = (*named, ("micro-batch", self.micro_batch))
-        return ", ".join(f"{name} {part}" for name, part in parts if part is not None)
+        return ", ".join(f"{name} {value}" for name, value in parts if value is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +104,10 @@ def current_label() -> Label:
 
 @contextmanager
 def labelled(
-    iteration: int | None, phase: int | None = None, micro_batch: int | None = None
+    iteration: int | None, part: int | None = None, micro_batch: int | None = None
 ) -> Iterator[None]:
     """Labels all calls that are made inside."""
-    token = _current.set(Label(iteration, phase, micro_batch))
+    token = _current.set(Label(iteration, part, micro_batch))
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.errors import ClusterError, StorageError, StoreRefusedError
+from cluster.paths import nearest_folder
 from sgmd_core.errors import ConfigError, DataError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -100,9 +101,8 @@ def room_at(place: str | Path) -> str:
     """
     if not str(place) or "://" in str(place):
         return ""
-    path = Path(place).absolute()
+    there = nearest_folder(place)
     try:
-        there = next(each for each in (path, *path.parents) if each.is_dir())
         room, files = shutil.disk_usage(there), os.statvfs(there)
     except OSError:
         return ""

@@ -2,7 +2,7 @@
 
     text  = encoders.call_rank(0, Encoder.encode, captions)     Future[Text], at once
     drawn = painters.call_rank(0, Painter.paint, text)          the text goes from rank to rank
-    sizes = painters.fetch([drawn], timeout_s=60, phase="painting")
+    sizes = painters.fetch([drawn], timeout_s=60, attempted="painting")
 
 A call names the method itself, not its name in a string, so a type checker knows what comes back
 and refuses a wrong argument. It returns at once with a `Future`: a future on the result, which can
@@ -260,13 +260,13 @@ class WorkerGroup(ABC, Generic[W]):
         ]
 
     @abstractmethod
-    def fetch(self, futures: Sequence[Future[R]], timeout_s: float, phase: str) -> list[R]:
+    def fetch(self, futures: Sequence[Future[R]], timeout_s: float, attempted: str) -> list[R]:
         """Waits for small results; the only place where the controller waits.
 
         Args:
             futures: Futures, of this group or of others of its kind.
             timeout_s: How long to wait for all of them together.
-            phase: What the program is doing, for the errors: "updating in iteration 7".
+            attempted: What the program is doing, for the errors: "updating in iteration 7".
 
         Raises:
             CallTimeoutError: Not all were there in time.
@@ -322,10 +322,10 @@ class WorkerGroup(ABC, Generic[W]):
         self.close()
 
 
-def refuse_array(future: Future[object], where: str, phase: str) -> ControllerTensorError:
+def refuse_array(future: Future[object], where: str, attempted: str) -> ControllerTensorError:
     """The error for a tensor that a controller was about to hold."""
     return ControllerTensorError(
-        phase,
+        attempted,
         f"{future.method}() of {future.group} rank {future.rank} returned an array at {where}",
         "numbers, strings and records of them",
         "Hand the future result to the group that needs it; it travels from rank to rank",

@@ -68,7 +68,7 @@ FROZEN_MACHINES: dict[str, str] = {}
 def death_of(
     error: RayActorError,
     known: Mapping[str, tuple[str, int]],
-    phase: str,
+    attempted: str,
     others: Mapping[str, tuple[str, int]],
 ) -> WorkerDiedError | None:
     """The error for a process that is gone; None where it cannot be said whose it was.
@@ -76,24 +76,24 @@ def death_of(
     Args:
         error: Ray's error.
         known: (group, rank) by actor id, of the processes that the failed call depends on.
-        phase: What the controller was waiting for.
+        attempted: What the controller was waiting for.
         others: (group, rank) by actor id, of all processes of the run, for the list of what was on
             a lost machine.
     """
     actor, words = error.actor_id or "", str(error)
     report = last_report(actor)
     place = known.get(actor) or (_first_worker(report) if report else None)
-    if lost := _lost_machine(words, report, others, phase):
+    if lost := _lost_machine(words, report, others, attempted):
         return lost
     if place is None:
         return None
     if actor in FROZEN:
-        return _frozen(FROZEN[actor], phase)
+        return _frozen(FROZEN[actor], attempted)
     if report is None:
         pid, ip = _PID.search(words), _IP.search(words)
         return WorkerDiedError(
             *place,
-            phase,
+            attempted,
             cause_of(words, (), None, 0),
             ip.group(1) if ip else "",
             int(pid.group(1)) if pid else 0,
@@ -101,26 +101,26 @@ def death_of(
     found = _look(report)
     # A machine goes with its processes, and Ray sees these end first.
     is_lost = found is None and _is_lost_soon(report.node)
-    if is_lost and (lost := _lost_machine(words, report, others, phase)):
+    if is_lost and (lost := _lost_machine(words, report, others, attempted)):
         return lost
-    return _died(place, report, words, phase, found)
+    return _died(place, report, words, attempted, found)
 
 
-def frozen_or_gone(actor: str, place: tuple[str, int], phase: str) -> WorkerDiedError | None:
+def frozen_or_gone(actor: str, place: tuple[str, int], attempted: str) -> WorkerDiedError | None:
     """The error for a process of this machine that is gone, or one that the watch has ended.
 
     Returns:
         None where it lives, or is on another machine.
     """
     if actor in FROZEN:
-        return _frozen(FROZEN[actor], phase)
+        return _frozen(FROZEN[actor], attempted)
     report = last_report(actor)
     if report is None or report.node != ray.get_runtime_context().get_node_id():
         return None
     found = _look(report)
     if found is None or not found.is_gone:
         return None
-    return _died(place, report, _WITHOUT_A_WORD, phase, found)
+    return _died(place, report, _WITHOUT_A_WORD, attempted, found)
 
 
 def _is_lost_soon(node: str) -> bool:
@@ -140,16 +140,16 @@ def lost_machines() -> set[str]:
     return set()
 
 
-def lost_machine(others: Mapping[str, tuple[str, int]], phase: str) -> NodeLostError | None:
+def lost_machine(others: Mapping[str, tuple[str, int]], attempted: str) -> NodeLostError | None:
     """The error for a machine that Ray has lost and that had processes of these actors."""
-    return _lost_machine("node has died", None, others, phase)
+    return _lost_machine("node has died", None, others, attempted)
 
 
 def _lost_machine(
     words: str,
     report: ProgressReport | None,
     others: Mapping[str, tuple[str, int]],
-    phase: str,
+    attempted: str,
 ) -> NodeLostError | None:
     """The error for a machine that is gone, with everything that was on it."""
     gone = lost_machines() | set(FROZEN_MACHINES)
@@ -178,15 +178,15 @@ def _lost_machine(
     cause = FROZEN_MACHINES.get(
         node, "its raylet has ended, or Ray's head cannot reach it any more"
     )
-    return NodeLostError(*lost[0], phase, cause, next(iter(there.values())).address, lost)
+    return NodeLostError(*lost[0], attempted, cause, next(iter(there.values())).address, lost)
 
 
-def _frozen(frozen: FrozenProcess, phase: str) -> WorkerFrozenError:
+def _frozen(frozen: FrozenProcess, attempted: str) -> WorkerFrozenError:
     last = frozen.report
     return WorkerFrozenError(
         frozen.group,
         frozen.rank,
-        phase,
+        attempted,
         frozen.cause,
         last.address,
         last.pid,
@@ -199,14 +199,14 @@ def _died(
     place: tuple[str, int],
     report: ProgressReport,
     words: str,
-    phase: str,
+    attempted: str,
     found: ProcessLook | None,
 ) -> WorkerDiedError:
     """The error for a process that has reported once."""
     lines = found.last_lines if found else ()
     more_kills = found.oom_kills - report.oom_kills if found else 0
     cause = cause_of(words, lines, report, more_kills)
-    return WorkerDiedError(*place, phase, cause, report.address, report.pid, lines)
+    return WorkerDiedError(*place, attempted, cause, report.address, report.pid, lines)
 
 
 def _look(report: ProgressReport) -> ProcessLook | None:

@@ -102,7 +102,7 @@ def _partners(futures: "Sequence[RayFuture[Any]]") -> dict[str, Partner]:
     }
 
 
-def raise_cause(error: RayError, futures: "Sequence[RayFuture[Any]]", phase: str) -> NoReturn:
+def raise_cause(error: RayError, futures: "Sequence[RayFuture[Any]]", attempted: str) -> NoReturn:
     """Raises what happened in a rank as itself, not in Ray's wrapping.
 
     An error passes through every call that depends on the failed one; each wraps it once more.
@@ -113,13 +113,13 @@ def raise_cause(error: RayError, futures: "Sequence[RayFuture[Any]]", phase: str
     where = _beside_calls(error, cause, futures)
     if isinstance(cause, RayActorError):
         ranks = {actor: rank for future in futures for actor, rank in future.ranks.items()}
-        if died := death_of(cause, ranks, phase, open_processes()):
+        if died := death_of(cause, ranks, attempted, open_processes()):
             raise died from None
-    if isinstance(cause, RayError) and (lost := lost_machine(open_processes(), phase)):
+    if isinstance(cause, RayError) and (lost := lost_machine(open_processes(), attempted)):
         raise lost from None
     if isinstance(cause, ObjectLostError):
         raise ResultLostError(
-            phase,
+            attempted,
             f"a result that it needs is lost ({type(cause).__name__})",
             "the object store of every machine to stay",
             "Resume the run from its last checkpoint",
@@ -127,15 +127,15 @@ def raise_cause(error: RayError, futures: "Sequence[RayFuture[Any]]", phase: str
     if isinstance(cause, RayError):
         found = f"{type(cause).__name__}{where}: {cause}"
         if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
-            raise RemoteCallError(phase, found.partition("\n")[0], *_FULL_STORE) from None
-        raise RemoteCallError(phase, found) from None
+            raise RemoteCallError(attempted, found.partition("\n")[0], *_FULL_STORE) from None
+        raise RemoteCallError(attempted, found) from None
     if isinstance(cause, RuntimeError) and (partners := _partners(futures)):
         # A collective fails in the ranks that live; the one that does not is to blame.
         words = str(cause).partition("\n")[0]
-        if died := dead_partner(partners, phase, f"{type(cause).__name__}: {words}"):
+        if died := dead_partner(partners, attempted, f"{type(cause).__name__}: {words}"):
             raise died from None
     if where:
-        cause.add_note(f"raised{where}; {phase}")
+        cause.add_note(f"raised{where}; {attempted}")
     raise cause from None
 
 

@@ -192,22 +192,22 @@ class RayWorkerGroup(WorkerGroup[W]):
             states = [self._start_state(rank) for rank in range(self.size)]
             raise StartTimeoutError(self.name, tuple(states), timeout_s) from None
 
-    def fetch(self, futures: Sequence[Future[R]], timeout_s: float, phase: str) -> list[R]:
+    def fetch(self, futures: Sequence[Future[R]], timeout_s: float, attempted: str) -> list[R]:
         """Waits for small results; see `WorkerGroup.fetch`."""
-        futures = [_as_future(future, phase) for future in futures]
+        futures = [_as_future(future, attempted) for future in futures]
         references = list(dict.fromkeys(future.reference for future in futures))
         try:
             answers = dict(zip(references, ray.get(references, timeout=timeout_s), strict=True))
         except GetTimeoutError:
-            raise CallTimeoutError(*late_call(futures), phase, timeout_s) from None
+            raise CallTimeoutError(*late_call(futures), attempted, timeout_s) from None
         except RayError as error:
             # Ray tells the failure that it met first; the first future's may be its cause.
-            raise_cause(first_failure(futures) or error, futures, phase)
-        wires = _own_parts(futures, answers, phase)
+            raise_cause(first_failure(futures) or error, futures, attempted)
+        wires = _own_parts(futures, answers, attempted)
         for future, wire in zip(futures, wires, strict=True):
             where = "result" if isinstance(wire, LocalRef) else array_in(wire)
             if where is not None:
-                raise refuse_array(future, where, phase)
+                raise refuse_array(future, where, attempted)
         return [from_wire(wire) for wire in wires]
 
     def is_done(self, future: Future[Any]) -> bool:
@@ -406,7 +406,7 @@ def _fate(seat: _Seat) -> tuple[bool, bool, bool]:
 
 
 def _own_parts(
-    futures: Sequence[RayFuture[Any]], answers: Mapping[ray.ObjectRef, Any], phase: str
+    futures: Sequence[RayFuture[Any]], answers: Mapping[ray.ObjectRef, Any], attempted: str
 ) -> list[Any]:
     """The result of each call, of what several may have returned together."""
     found: dict[ray.ObjectRef, Any] = {}
@@ -418,7 +418,7 @@ def _own_parts(
             found[reference] = unpack(answers[reference])
         except Exception as error:
             raise RemoteCallError(
-                phase,
+                attempted,
                 f"the result of {future.method}() of {future.group} rank {future.rank} cannot be "
                 f"read here: {type(error).__name__}: {error}",
             ) from error
@@ -432,10 +432,10 @@ def _entry_of(value: object, sent: object) -> int | None:
     return None
 
 
-def _as_future(future: Future[R], phase: str) -> RayFuture[R]:
+def _as_future(future: Future[R], attempted: str) -> RayFuture[R]:
     if not isinstance(future, RayFuture):
         raise ClusterError(
-            phase,
+            attempted,
             f"a result of group {future.group}, which is not a Ray group",
             "results of Ray groups",
             "Fetch it through its own group",

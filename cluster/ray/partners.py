@@ -60,13 +60,13 @@ class SignsOfLife:
 
 
 def dead_partner(
-    partners: Mapping[str, Partner], phase: str, found: str, patience_s: float = _PATIENCE_S
+    partners: Mapping[str, Partner], attempted: str, found: str, patience_s: float = _PATIENCE_S
 ) -> WorkerDiedError | ResultLostError | None:
     """The error for a rank whose end made a collective of another rank fail.
 
     Args:
         partners: Ranks that run collectives, by actor id.
-        phase: What the controller was waiting for.
+        attempted: What the controller was waiting for.
         found: The failure of the rank that lives.
         patience_s: How long to look for signs of life.
 
@@ -83,14 +83,14 @@ def dead_partner(
     end_s = time.monotonic() + patience_s
     while open_ones:
         for actor, one in open_ones.items():
-            if died := frozen_or_gone(actor, one.place, phase):
+            if died := frozen_or_gone(actor, one.place, attempted):
                 return died
         for answer in _answered(list(asked)):
             actor = asked.pop(answer)
-            if died := _death(answer, {actor: places[actor]}, places, phase):
+            if died := _death(answer, {actor: places[actor]}, places, attempted):
                 return died
             open_ones.pop(actor, None)
-        if lost := lost_machine(places, phase):
+        if lost := lost_machine(places, attempted):
             return lost
         open_ones = {
             actor: one
@@ -99,7 +99,7 @@ def dead_partner(
         }
         if time.monotonic() > end_s:
             break
-    return _undecided(open_ones, phase, found, patience_s) if open_ones else None
+    return _undecided(open_ones, attempted, found, patience_s) if open_ones else None
 
 
 def _answered(asked: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
@@ -114,23 +114,23 @@ def _death(
     answer: ray.ObjectRef,
     known: Mapping[str, tuple[str, int]],
     others: Mapping[str, tuple[str, int]],
-    phase: str,
+    attempted: str,
 ) -> WorkerDiedError | None:
     try:
         ray.get(answer)
     except RayActorError as error:
-        return death_of(error, known, phase, others)
+        return death_of(error, known, attempted, others)
     except RayError:
         return None
     return None
 
 
 def _undecided(
-    open_ones: Mapping[str, Partner], phase: str, found: str, patience_s: float
+    open_ones: Mapping[str, Partner], attempted: str, found: str, patience_s: float
 ) -> ResultLostError:
     names = ", ".join("{} rank {}".format(*one.place) for one in open_ones.values())
     return ResultLostError(
-        phase,
+        attempted,
         f"a collective has failed ({found}), and there is no sign of life of {names} for "
         f"{patience_s:.0f} s; which process has ended, or which machine, is not known",
         "every rank to answer or to report",

@@ -63,7 +63,7 @@ class ProgressReport:
         group: Group of the call that it is in; empty between calls.
         method: Its method.
         iteration: Iteration that the call is part of; None: of none.
-        label: Phase and micro-batch, in words.
+        label: Part of the program and micro-batch, in words.
         seconds: How long the call has been under way, its arguments being there.
         collectives: Collectives that the process has entered since its start, also between calls.
         usual_s: Median seconds of earlier calls like it, the first one left out.
@@ -194,13 +194,13 @@ class ProgressReporter:
             return {}
         group, method, label, began_s = current
         times = list(self._times[group, method])
-        parts = {"phase": label.phase, "micro-batch": label.micro_batch}
+        parts = {"part": label.part, "micro-batch": label.micro_batch}
         return {
             "group": group,
             "method": method,
             "iteration": label.iteration,
             "label": ", ".join(
-                f"{name} {part}" for name, part in parts.items() if part is not None
+                f"{name} {value}" for name, value in parts.items() if value is not None
             ),
             "seconds": time.monotonic() - began_s,
             "usual_s": median(times) if times else 0.0,

@@ -67,7 +67,7 @@ def gangs_of(calls: Sequence[Call], teams: Mapping[str, Team]) -> Iterator[range
 
 def _gang_of(call: Call, teams: Mapping[str, Team]) -> tuple[object, ...]:
     replica = teams[call.role].replica_of(call.rank)
-    return call.iteration, call.phase, call.role, replica, call.stage, call.micro_batch
+    return call.iteration, call.part, call.role, replica, call.stage, call.micro_batch
 
 
 class _Joining:
@@ -165,5 +165,5 @@ class _Joining:
 
 def _of_same_samples(one: Call, other: Call) -> bool:
     """Returns True if two calls take the same captions."""
-    key = (one.phase, one.micro_batch)
-    return one.fed and key == (other.phase, other.micro_batch)
+    key = (one.part, one.micro_batch)
+    return one.fed and key == (other.part, other.micro_batch)

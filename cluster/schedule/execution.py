@@ -113,7 +113,7 @@ def execute_schedule(
             for place in chain:
                 call, issued_s = calls[place], time.monotonic()
                 with (
-                    labelled(call.iteration, call.phase, call.micro_batch),
+                    labelled(call.iteration, call.part, call.micro_batch),
                     taken_by(takers[place]),
                 ):
                     future = dispatch(call, run.inputs(call))
@@ -147,11 +147,11 @@ class _Run:
         # In the order in which they are made, so that the last use is the one that stays.
         self._last_use = {taken: place for place in order for taken in calls[place].inputs}
         # A stage's results go to others or are reports, also where a rank stands in or assists.
-        taken = {(calls[place].phase, calls[place].stage) for place in self._last_use}
+        taken = {(calls[place].part, calls[place].stage) for place in self._last_use}
         self._unread = {
             place
             for place, call in enumerate(calls)
-            if not call.counts and (call.phase, call.stage) in taken
+            if not call.counts and (call.part, call.stage) in taken
         }
         self._kept_back = {*self._last_use, *self._unread}
         self._futures: dict[int, Future[Any]] = {}
@@ -215,33 +215,33 @@ class _Run:
         if not wanted:
             return
         first = self._calls[wanted[0]]
-        phase = f"working on {_words(self._calls[place].stage for place in wanted)}"
-        phase += f" in iteration {first.iteration}"
+        attempted = f"working on {_words(self._calls[place].stage for place in wanted)}"
+        attempted += f" in iteration {first.iteration}"
         futures = [self._futures[place] for place in wanted]
         try:
-            results = self._groups[first.role].fetch(futures, self._timeout_s, phase)
+            results = self._groups[first.role].fetch(futures, self._timeout_s, attempted)
         except Exception:
-            self._raise_of_standing(phase)
+            self._raise_of_standing(attempted)
             raise
         self.reports.update(zip(wanted, results, strict=True))
 
-    def _raise_of_standing(self, phase: str) -> None:
+    def _raise_of_standing(self, attempted: str) -> None:
         """Raises what a rank that stands in has raised: the others fail for it, or wait for it."""
         for place, future in self._standing.items():
             group = self._groups[self._calls[place].role]
             if not group.is_done(future):
                 continue
             try:
-                group.fetch([future], _ANSWER_TIMEOUT_S, phase)
+                group.fetch([future], _ANSWER_TIMEOUT_S, attempted)
             except ControllerTensorError:
                 # It has made what it should.
                 continue
 
     def _fetch_order(self, place: int) -> tuple[int, int, float, int]:
-        """Sort key: calls without a micro-batch come after those of their phase."""
+        """Sort key: calls without a micro-batch come after those of their part of the program."""
         call = self._calls[place]
         index = float("inf") if call.micro_batch is None else call.micro_batch
-        return call.iteration, call.phase, index, -place
+        return call.iteration, call.part, index, -place
 
 
 def _words(stages: Iterable[str]) -> str:

@@ -121,19 +121,19 @@ class Team:
         return tuple(home.ranks for home in self.homes) or (self.ranks,) * self.replicas
 
     @property
-    def parties(self) -> int:
+    def rank_groups(self) -> int:
         """Groups of ranks, of the largest replica, that work on samples of their own."""
         return self.ranks // self.ranks_per_sample
 
     def samples_of_a_rank(self, num_samples: int, replica: int) -> float:
-        """Most samples that a rank of a replica works through; a part of one where it has company.
+        """Most samples that a rank of a replica works through; part of one where several share it.
 
         Args:
             num_samples: Samples that the replica takes whole.
             replica: The replica.
         """
-        parties = self.ranks_by_replica[replica] // self.ranks_per_sample
-        return -(-num_samples // parties) / self.ranks_per_sample
+        rank_groups = self.ranks_by_replica[replica] // self.ranks_per_sample
+        return -(-num_samples // rank_groups) / self.ranks_per_sample
 
     @property
     def size(self) -> int:
@@ -211,7 +211,7 @@ class Share:
         rank: The rank.
         samples: First sample, and one past the last.
         stands_in: The rank has no sample of its own; it computes the first one again, with weight
-            0, to keep the collectives of its replica company.
+            0, so that the collectives of its replica have all ranks.
         assists: The rank works on the samples of one before it, whose result is that of both.
     """
 
@@ -238,17 +238,17 @@ def partition_samples(
         samples, give or take one share. Where the samples do not divide among the ranks of a
         replica, one replica takes them all. Ranks that work on samples together count as one.
     """
-    if num_samples % team.parties:
+    if num_samples % team.rank_groups:
         turn = round if odd_round is None else odd_round
         return share_in_replica(num_samples, team, turn % team.replicas)
-    shares, found, start = num_samples // team.parties, list[Share](), 0
+    shares, found, start = num_samples // team.rank_groups, list[Share](), 0
     fewest, left_over = divmod(shares, team.replicas)
     for place in range(min(team.replicas, shares)):
         replica = (round * left_over + place) % team.replicas
         size = fewest + (place < left_over)
-        for party in range(team.parties):
-            first = replica * team.ranks + party * team.ranks_per_sample
-            found += _shares_of_party(first, team.ranks_per_sample, (start, start + size))
+        for group in range(team.rank_groups):
+            first = replica * team.ranks + group * team.ranks_per_sample
+            found += _shares_of_group(first, team.ranks_per_sample, (start, start + size))
             start += size
     return found
 
@@ -266,14 +266,14 @@ def share_in_replica(num_samples: int, team: Team, replica: int) -> list[Share]:
     sizes = [size for size in split_evenly(num_samples, ranks // width) if size]
     shares = [
         share
-        for party, (size, end) in enumerate(zip(sizes, accumulate(sizes), strict=True))
-        for share in _shares_of_party(first + party * width, width, (end - size, end))
+        for group, (size, end) in enumerate(zip(sizes, accumulate(sizes), strict=True))
+        for share in _shares_of_group(first + group * width, width, (end - size, end))
     ]
     idle = range(first + len(shares), first + ranks)
     return shares + [Share(rank, (0, 1), stands_in=True) for rank in idle]
 
 
-def _shares_of_party(first: int, width: int, samples: tuple[int, int]) -> list[Share]:
+def _shares_of_group(first: int, width: int, samples: tuple[int, int]) -> list[Share]:
     """Shares of ranks that work on the same samples together."""
     return [Share(first + member, samples, assists=member > 0) for member in range(width)]
 

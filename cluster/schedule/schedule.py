@@ -58,7 +58,7 @@ class Call:
 
     Attributes:
         iteration: Which iteration it belongs to.
-        phase: Which part of the program, counted from 0.
+        part: Number of the part of the program, from 0.
         role: Whom it goes to.
         rank: Which of the role's processes.
         stage: What is asked for.
@@ -74,7 +74,7 @@ class Call:
     """
 
     iteration: int
-    phase: int
+    part: int
     role: str
     rank: int
     stage: str
@@ -180,19 +180,19 @@ class _Builder:
         self._shares: dict[tuple[object, ...], list[Share]] = {}
         self._passes_of = {
             role: [
-                phase
-                for phase, part in enumerate(program)
+                number
+                for number, part in enumerate(program)
                 if isinstance(part, Pass) and any(stage.role == role for stage in part.stages)
             ]
             for role in teams
         }
-        shares = {role: max(1, min(sizes) // team.parties) for role, team in teams.items()}
+        shares = {role: max(1, min(sizes) // team.rank_groups) for role, team in teams.items()}
         self._cycles = {role: -(-team.replicas // shares[role]) for role, team in teams.items()}
         seconds = dealt_seconds(teams, stage_seconds, max(sizes))
         shared = any(team.homes for team in teams.values())
         self._orders = {
-            phase: self._dealt(part, seconds) if shared else self._in_turns(part)
-            for phase, part in enumerate(program)
+            number: self._dealt(part, seconds) if shared else self._in_turns(part)
+            for number, part in enumerate(program)
             if isinstance(part, Pass)
         }
         # Calls that the controller must hear of before it goes on.
@@ -201,21 +201,21 @@ class _Builder:
     def add_iteration(self, iteration: int, max_staleness: int, *, last: bool) -> None:
         """Lists one more iteration."""
         first = len(self.calls)
-        for phase, part in enumerate(self._program):
+        for number, part in enumerate(self._program):
             if isinstance(part, Pass):
-                for stage, index, replica in self._orders[phase]:
-                    self._ask_stage(iteration, phase, stage, index, replica)
+                for stage, index, replica in self._orders[number]:
+                    self._ask_stage(iteration, number, stage, index, replica)
                 continue
             if isinstance(part, WeightTransfer):
-                given = self._ask_role(iteration, phase, *part.giver)
-                self._ask_role(iteration, phase, *part.taker, inputs=(given[0],))
+                given = self._ask_role(iteration, number, *part.giver)
+                self._ask_role(iteration, number, *part.taker, inputs=(given[0],))
                 continue
-            after = phase + 1
+            after = number + 1
             if after < len(self._program):
                 coming = (iteration, after)
             else:
                 coming = (iteration + 1, 0) if max_staleness and not last else None
-            self._update(iteration, phase, part, coming, together=not max_staleness)
+            self._update(iteration, number, part, coming, together=not max_staleness)
         if not max_staleness:
             steps = range(first, len(self.calls))
             self._waits = tuple(place for place in steps if self.calls[place].stage == STEP)
@@ -223,13 +223,13 @@ class _Builder:
     def _update(
         self,
         iteration: int,
-        phase: int,
+        part: int,
         update: Update,
         coming: tuple[int, int] | None,
         *,
         together: bool,
     ) -> None:
-        reported = {role: self._ask_role(iteration, phase, role, REPORT) for role in update.roles}
+        reported = {role: self._ask_role(iteration, part, role, REPORT) for role in update.roles}
         groups = [update.roles] if together else [(role,) for role in update.roles]
         left = set(update.roles)
         for group in groups:
@@ -237,26 +237,26 @@ class _Builder:
                 self._ask_ahead(*coming, left)
             self._waits += tuple(place for role in group for place in reported[role])
             for role in group:
-                self._ask_role(iteration, phase, role, STEP)
+                self._ask_role(iteration, part, role, STEP)
             left -= set(group)
 
-    def _ask_ahead(self, iteration: int, phase: int, updated: set[str]) -> None:
+    def _ask_ahead(self, iteration: int, part: int, updated: set[str]) -> None:
         """Asks for the beginning of a pass, as far as it needs none of these roles."""
-        part = self._program[phase]
-        if not isinstance(part, Pass):
+        a_pass = self._program[part]
+        if not isinstance(a_pass, Pass):
             return
         free: set[str] = set()
         # A role that cannot accumulate from one stage yet must not do so from a later one.
         waiting: set[str] = set()
-        for stage in part.stages:
+        for stage in a_pass.stages:
             if stage.role in updated or not free.issuperset(stage.takes):
                 waiting |= {stage.role} if stage.accumulates else set()
             elif not (stage.accumulates and stage.role in waiting):
                 free.add(stage.name)
-        ahead = num_ahead(part, self._num_micro_batches, self._depth)
-        for stage, index, replica in self._orders[phase]:
+        ahead = num_ahead(a_pass, self._num_micro_batches, self._depth)
+        for stage, index, replica in self._orders[part]:
             if stage.name in free and index < ahead:
-                self._ask_stage(iteration, phase, stage, index, replica)
+                self._ask_stage(iteration, part, stage, index, replica)
 
     def _in_turns(self, part: Pass) -> list[_Turn]:
         """Order where each role has processes of its own; replicas share each micro-batch."""
@@ -269,12 +269,12 @@ class _Builder:
         return [(deal.stage, deal.micro_batch, deal.replica) for deal in dealt.deals]
 
     def _ask_stage(
-        self, iteration: int, phase: int, stage: Stage, micro_batch: int, replica: int | None
+        self, iteration: int, part: int, stage: Stage, micro_batch: int, replica: int | None
     ) -> None:
-        if (iteration, phase, stage.name, micro_batch) in self._places:
+        if (iteration, part, stage.name, micro_batch) in self._places:
             return
         passes = self._passes_of[stage.role]
-        past = iteration * len(passes) + passes.index(phase)
+        past = iteration * len(passes) + passes.index(part)
         round = past * self._num_micro_batches + micro_batch
         places: list[int] = []
         # The odd micro-batch of each batch would always meet the same replica.
@@ -282,13 +282,13 @@ class _Builder:
         made = [
             (place, self.calls[place].samples)
             for name in stage.takes
-            for place in self._places[iteration, phase, name, micro_batch]
+            for place in self._places[iteration, part, name, micro_batch]
         ]
         for share in shares:
             inputs = tuple(place for place, samples in made if _overlap(samples, share.samples))
             call = Call(
                 iteration,
-                phase,
+                part,
                 stage.role,
                 share.rank,
                 stage.name,
@@ -302,7 +302,7 @@ class _Builder:
             if call.counts:
                 places.append(len(self.calls))
             self._ask(call)
-        self._places[iteration, phase, stage.name, micro_batch] = places
+        self._places[iteration, part, stage.name, micro_batch] = places
 
     def _shares_of(
         self, role: str, micro_batch: int, replica: int | None, round: int, odd_round: int
@@ -320,11 +320,11 @@ class _Builder:
         return self._shares[key]
 
     def _ask_role(
-        self, iteration: int, phase: int, role: str, stage: str, inputs: tuple[int, ...] = ()
+        self, iteration: int, part: int, role: str, stage: str, inputs: tuple[int, ...] = ()
     ) -> list[int]:
         places = [len(self.calls) + rank for rank in range(self._teams[role].size)]
         for rank in range(self._teams[role].size):
-            self._ask(Call(iteration, phase, role, rank, stage, None, (0, 0), inputs))
+            self._ask(Call(iteration, part, role, rank, stage, None, (0, 0), inputs))
         return places
 
     def _ask(self, call: Call) -> None:

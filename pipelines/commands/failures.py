@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.errors import ClusterError, JobError, LeaseError, StorageError
+from cluster.paths import nearest_folder
 from cluster.redaction import printable, without_secrets
 from cluster.storage_errors import disk_remedy, is_disk_full, room_at, storage_errors
 from sgmd_core.errors import (
@@ -156,7 +157,7 @@ def _disks_of(arguments: Sequence[str]) -> list[Path]:
     found: dict[int, tuple[int, Path]] = {}
     for path in (*named, Path(), *variables, Path("/dev/shm")):
         with suppress(OSError):
-            folder = next(each for each in (path, *path.absolute().parents) if each.is_dir())
+            folder = nearest_folder(path)
             found.setdefault(folder.stat().st_dev, (shutil.disk_usage(folder).free, folder))
     return [folder for _, folder in sorted(found.values())]
 

@@ -37,8 +37,8 @@ def contradictions_of(config: "DistillConfig") -> list[str]:
             f"{batch.micro_batches}, and the samples of a micro-batch leave at one step; set "
             f"batch.micro_batches to a multiple of {batch.exit_draws}"
         )
-    company = {role: compute.ulysses for role, compute in config.computes.items()}
-    found = topology_contradictions(topology, batch.size, batch.micro_batches, company)
+    ranks_per_sample = {role: compute.ulysses for role, compute in config.computes.items()}
+    found = topology_contradictions(topology, batch.size, batch.micro_batches, ranks_per_sample)
     # Pools that contradict themselves have no ranks to be counted.
     problems += found or sequence_contradictions(config)
     problems += shuffling_contradictions(
@@ -46,8 +46,10 @@ def contradictions_of(config: "DistillConfig") -> list[str]:
     )
     problems += walk_contradictions(config.objective, config.fake_score)
     if not found:
-        parties = config.teams[FAKE_SCORE].parties
-        problems += part_contradictions(config.fake_score, batch.size, batch.micro_batches, parties)
+        rank_groups = config.teams[FAKE_SCORE].rank_groups
+        problems += part_contradictions(
+            config.fake_score, batch.size, batch.micro_batches, rank_groups
+        )
     problems += method_contradictions(config.objective, config.fake_score)
     problems += step_contradictions(config.schedule, config.generator, config.objective)
     problems += consistency_contradictions(config)

@@ -63,7 +63,7 @@ def split_factors(teacher: TeacherSettings, team: Team) -> Iterator[str]:
         team: Its processes. Of replicas on pools of other roles one takes a whole micro-batch;
             others share its samples.
     """
-    parts = team.parties if team.homes else team.parties * team.replicas
+    parts = team.rank_groups if team.homes else team.rank_groups * team.replicas
     if teacher.cfg_norm != "scalar" or teacher.guidance_scale == 1:
         return
     if parts > 1:

@@ -40,7 +40,7 @@ def shuffling_contradictions(
 
 
 def part_contradictions(
-    fake_score: FakeScoreSettings, batch_size: int, micro_batches: int, parties: int
+    fake_score: FakeScoreSettings, batch_size: int, micro_batches: int, rank_groups: int
 ) -> list[str]:
     """Returns a sentence where a sample would be without a neighbour.
 
@@ -48,13 +48,13 @@ def part_contradictions(
         fake_score: Its section.
         batch_size: Samples of one update.
         micro_batches: Parts of it.
-        parties: Groups of the fake score's ranks with samples of their own.
+        rank_groups: Groups of the fake score's ranks with samples of their own.
     """
-    parts = 2 * micro_batches * parties
+    parts = 2 * micro_batches * rank_groups
     if fake_score.gap == "own" or batch_size % parts == 0:
         return []
     return [
         "fake_score.gap shuffled has every rank of the fake score keep pairs of samples; set "
         f"batch.size {batch_size} to a multiple of {parts} (2 x batch.micro_batches "
-        f"{micro_batches} x ranks {parties}), or fake_score.gap=own"
+        f"{micro_batches} x ranks {rank_groups}), or fake_score.gap=own"
     ]

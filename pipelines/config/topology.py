@@ -156,7 +156,7 @@ class TopologySettings(Section):
     start_timeout_s: float = Field(default=300.0, gt=0)
     """Seconds that Ray, the pools and the networks may take to come up."""
     call_timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds that one phase of an iteration may take before the run is given up."""
+    """Seconds that one part of an iteration may take before the run is given up."""
     watch_s: float = Field(default=20.0, ge=0)
     """Seconds without a sign of life after which a process is frozen, and the least time after
     which a call is stuck: it is ended, with its stack in `RUN/stacks/`. 0: nothing is watched."""

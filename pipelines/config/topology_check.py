@@ -24,7 +24,7 @@ def topology_contradictions(
     topology: TopologySettings,
     batch_size: int,
     micro_batches: int,
-    company: Mapping[str, int],
+    ranks_per_sample: Mapping[str, int],
 ) -> list[str]:
     """Returns what a topology cannot do with a batch of this size, as sentences.
 
@@ -32,10 +32,10 @@ def topology_contradictions(
         topology: The settings.
         batch_size: Samples of one update.
         micro_batches: Parts of it.
-        company: By role that the recipe's method has, ranks that work on samples together.
+        ranks_per_sample: By role that the recipe's method has, ranks that work on samples together.
     """
     problems: list[str] = []
-    roles = tuple(company)
+    roles = tuple(ranks_per_sample)
     if topology.mode == "local" and topology.address is not None:
         problems.append(
             f"topology.address {topology.address!r} names a Ray cluster, but topology.mode local "
@@ -46,8 +46,8 @@ def topology_contradictions(
     samples = -(-batch_size // micro_batches)
     for section, number in _ranks(topology, roles).items():
         # Ranks that work on samples together have them together.
-        parties = number / _least_company(topology, section, company)
-        if parties > samples:
+        groups = number / _least_ranks_per_sample(topology, section, ranks_per_sample)
+        if groups > samples:
             problems.append(
                 f"a micro-batch has {samples} samples at most (batch.size / batch.micro_batches), "
                 f"and {section}.ranks is {number}: some ranks would never have one of their own"
@@ -59,12 +59,12 @@ def topology_contradictions(
             )
     problems += _transport_contradictions(topology, roles)
     replicas = topology.teacher.replicas if topology.mode == "pools" else 1
-    # Ranks that work on samples together are one party.
-    parties = max(1, topology.teacher.ranks // company.get(TEACHER, 1))
-    if replicas > batch_size // parties:
+    # Ranks that work on samples together are one group.
+    groups = max(1, topology.teacher.ranks // ranks_per_sample.get(TEACHER, 1))
+    if replicas > batch_size // groups:
         problems.append(
             f"topology.teacher.replicas {replicas} is more than the batch has samples for "
-            f"({batch_size}, {_parties_in_words(topology.teacher.ranks, parties)} in each), so "
+            f"({batch_size}, {_groups_in_words(topology.teacher.ranks, groups)} in each), so "
             "some would never work"
         )
     places = topology.places_of(roles)
@@ -77,11 +77,11 @@ def topology_contradictions(
     return problems
 
 
-def _parties_in_words(ranks: int, parties: int) -> str:
+def _groups_in_words(ranks: int, groups: int) -> str:
     """Those of some ranks that have samples of their own: each, or several together."""
-    if parties == ranks:
+    if groups == ranks:
         return f"{ranks} ranks"
-    return f"{parties} parties of {ranks // parties} ranks that work together"
+    return f"{groups} groups of {ranks // groups} ranks that work together"
 
 
 def _ranks(topology: TopologySettings, roles: Sequence[str]) -> dict[str, int]:
@@ -97,13 +97,15 @@ def _ranks(topology: TopologySettings, roles: Sequence[str]) -> dict[str, int]:
             }
 
 
-def _least_company(topology: TopologySettings, section: str, company: Mapping[str, int]) -> int:
+def _least_ranks_per_sample(
+    topology: TopologySettings, section: str, ranks_per_sample: Mapping[str, int]
+) -> int:
     """Ranks that work on a sample together, of the role of a section where they are the fewest."""
     name = section.rpartition(".")[2]
-    places = {role: (role,) for role in company}
+    places = {role: (role,) for role in ranks_per_sample}
     if topology.shares_pools:
-        places = topology.places_of(tuple(company))
-    return min((own for role, own in company.items() if name in places[role]), default=1)
+        places = topology.places_of(tuple(ranks_per_sample))
+    return min((own for role, own in ranks_per_sample.items() if name in places[role]), default=1)
 
 
 def _map_contradictions(topology: TopologySettings, roles: Sequence[str]) -> list[str]:

@@ -47,7 +47,7 @@ class SkippedUpdate:
     """An update that was not made.
 
     Attributes:
-        phase: Part of the iteration's program that the update is.
+        part: Number of the update in the iteration's program.
         roles: Roles that skipped it.
         kind: `non_finite` or `spike`.
         reason: What was found, and where.
@@ -55,7 +55,7 @@ class SkippedUpdate:
         sample_ids: Samples of the batch.
     """
 
-    phase: int
+    part: int
     roles: tuple[str, ...]
     kind: Literal["non_finite", "spike"]
     reason: str
@@ -64,7 +64,8 @@ class SkippedUpdate:
 
     def to_json(self) -> dict[str, Any]:
         """As metrics.jsonl holds it."""
-        return asdict(self)
+        # The key of this file, also in older runs.
+        return {("phase" if key == "part" else key): value for key, value in asdict(self).items()}
 
     def event(self, iteration: int) -> RunEvent:
         """Event of an iteration that skips."""
@@ -125,13 +126,13 @@ class UpdateGuard:
             NonFiniteError: It is not finite, and the budget is spent or a weight is not finite.
             AlarmError: It is a spike, and the budget is spent.
         """
-        place = (call.iteration, call.phase)
+        place = (call.iteration, call.part)
         if place in self._bad:
             return
         ids = tuple(sample_ids)
         if not report.finite:
             error: NonFiniteError | AlarmError = self._cause(call, report)
-            found = SkippedUpdate(call.phase, (), "non_finite", _in_short(error), None, ids)
+            found = SkippedUpdate(call.part, (), "non_finite", _in_short(error), None, ids)
             if not self._weights_are_finite:
                 raise _with(error, "", ids)
         else:
@@ -139,7 +140,7 @@ class UpdateGuard:
             if report.grad_norm <= limit:
                 return
             error = _spike(call, report.grad_norm, limit, self._settings)
-            found = SkippedUpdate(call.phase, (), "spike", _in_short(error), report.grad_norm, ids)
+            found = SkippedUpdate(call.part, (), "spike", _in_short(error), report.grad_norm, ids)
         self._require_budget(call.iteration, error, ids)
         self._bad[place] = found
 
@@ -150,14 +151,14 @@ class UpdateGuard:
         if it was made.
         """
         if call.stage != STEP:
-            return any(at[0] == call.iteration and at[1] < call.phase for at in self._bad)
-        place = (call.iteration, call.phase)
+            return any(at[0] == call.iteration and at[1] < call.part for at in self._bad)
+        place = (call.iteration, call.part)
         found = self._bad.get(place)
         if found is None:
             return False
         if call.role not in found.roles:
             self._bad[place] = SkippedUpdate(
-                found.phase,
+                found.part,
                 (*found.roles, call.role),
                 found.kind,
                 found.reason,
@@ -223,9 +224,9 @@ class UpdateGuard:
             if role in self._groups
             for rank, future in enumerate(self._groups[role].call(method, call.iteration))
         ]
-        phase = f"asking for the cause of a gradient in iteration {call.iteration}"
+        attempted = f"asking for the cause of a gradient in iteration {call.iteration}"
         fetch = self._groups[call.role].fetch
-        answers: list[Diagnosis] = fetch([one[2] for one in asked], self._timeout_s, phase)
+        answers: list[Diagnosis] = fetch([one[2] for one in asked], self._timeout_s, attempted)
         for (role, rank, _), answer in zip(asked, answers, strict=True):
             if answer.broken_weight is not None:
                 self._weights_are_finite = False

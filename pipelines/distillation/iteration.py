@@ -234,7 +234,7 @@ class _CallDispatcher:
         self._prompts_of = prompts_of
         self._draws = draws
         passes = [at for at, part in enumerate(plan.program) if isinstance(part, Pass)]
-        self._batch_of_phase = {phase: number for number, phase in enumerate(passes)}
+        self._batch_of_part = {part: number for number, part in enumerate(passes)}
         self._prompts: dict[int, Sequence[PromptBatch]] = {}
         self._texts: dict[tuple[int, int], list[Future[TextBatch]]] = {}
 
@@ -266,7 +266,7 @@ class _CallDispatcher:
 
     def _sample_ids(self, call: Call) -> tuple[str, ...]:
         """Samples that an update learns from: those of the last pass before it."""
-        batch = max(number for at, number in self._batch_of_phase.items() if at < call.phase)
+        batch = max(number for at, number in self._batch_of_part.items() if at < call.part)
         return self._prompts[call.iteration][batch].sample_ids
 
     def release(self, iteration: int) -> None:
@@ -278,7 +278,7 @@ class _CallDispatcher:
     def data(self, call: Call) -> Future[DataBatch]:
         """Latents of the data of a call's samples."""
         assert call.micro_batch is not None, "data are asked for without a micro-batch"
-        batch = self._prompts[call.iteration][self._batch_of_phase[call.phase]]
+        batch = self._prompts[call.iteration][self._batch_of_part[call.part]]
         assert batch.data is not None, "the feed reads no latents"
         before = self._plan.rows(call.micro_batch)[0]
         start, stop = call.samples
@@ -287,8 +287,8 @@ class _CallDispatcher:
     def prompts(self, call: Call) -> tuple[MicroBatchKey, Future[TextBatch], Draws | None]:
         """Key, captions and, where they are given, random numbers of a call."""
         assert call.micro_batch is not None, "samples are asked for without a micro-batch"
-        key = self._plan.key(call.iteration, call.micro_batch, self._batch_of_phase[call.phase])
-        text = self._texts_of(call.iteration, call.phase)[call.micro_batch]
+        key = self._plan.key(call.iteration, call.micro_batch, self._batch_of_part[call.part])
+        text = self._texts_of(call.iteration, call.part)[call.micro_batch]
         whole = (0, self._plan.micro_batch_sizes[call.micro_batch])
         draws = self._draws.get(replace(key, exit_draw=None, incarnation=0))
         return (
@@ -297,21 +297,21 @@ class _CallDispatcher:
             None if draws is None else draws.cut(*call.samples),
         )
 
-    def _texts_of(self, iteration: int, phase: int) -> list[Future[TextBatch]]:
+    def _texts_of(self, iteration: int, part: int) -> list[Future[TextBatch]]:
         """The captions of a pass, encoded: one future a micro-batch."""
-        if (iteration, phase) not in self._texts:
+        if (iteration, part) not in self._texts:
             if iteration not in self._prompts:
                 self._prompts[iteration] = self._prompts_of(iteration)
-            batch = self._batch_of_phase[phase]
+            batch = self._batch_of_part[part]
             prompts = self._prompts[iteration][batch]
             first_sample = max(0, batch - 1) * self._plan.batch_size
             texts: list[Future[TextBatch]] = []
             for index in range(self._plan.micro_batches):
                 rows = self._plan.rows(index)
-                with labelled(iteration, phase, index):
+                with labelled(iteration, part, index):
                     texts.append(encode_part(self._text, prompts, rows, first_sample))
-            self._texts[iteration, phase] = texts
-        return self._texts[iteration, phase]
+            self._texts[iteration, part] = texts
+        return self._texts[iteration, part]
 
 
 def encode_part(
@@ -362,9 +362,9 @@ def _report(
     ]
     norms: dict[str, list[float]] = {}
     rates: dict[str, float] = {}
-    not_made = {(one.phase, role) for one in skipped for role in one.roles}
+    not_made = {(one.part, role) for one in skipped for role in one.roles}
     for call, report in result.of(REPORT):
-        if call.rank == 0 and (call.phase, call.role) not in not_made:
+        if call.rank == 0 and (call.part, call.role) not in not_made:
             norms.setdefault(call.role, []).append(report.grad_norm)
             rates[call.role] = report.learning_rate
             for block, norm in report.blocks.items():

@@ -233,8 +233,8 @@ def _after(batches: "_Batches", settings: LagSettings, rate: float, updates: int
 def _end(batches: "_Batches", done: list[Future[None]]) -> None:
     """Takes extra updates back, and waits until that is done."""
     done += batches.roles.fake_score.call(FakeScoreTracker.end_extra)
-    phase = f"measuring the lag before iteration {batches.iteration}"
-    batches.roles.fake_score.fetch(done, batches.plan.timeout_s, phase)
+    attempted = f"measuring the lag before iteration {batches.iteration}"
+    batches.roles.fake_score.fetch(done, batches.plan.timeout_s, attempted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,10 +267,10 @@ class RunMonitor:
         """Fetches the oldest validation and draws conclusions; nothing is taken where it failed."""
         assert self.validator is not None, "only a validator's work waits"
         job = self._waiting[0]
-        phase = f"validating iteration {job.iteration}"
+        attempted = f"validating iteration {job.iteration}"
         timeout_s = self.config.validation.timeout_s
         try:
-            (record,) = self.validator.fetch([job.future], timeout_s=timeout_s, phase=phase)
+            (record,) = self.validator.fetch([job.future], timeout_s=timeout_s, attempted=attempted)
         except Exception as error:
             self._do_without(job, error)
             return

@@ -105,8 +105,8 @@ class Prompts:
             self._taken[iteration] = ConsumedBatches(tuple(batches), 0.0, rejected)
             return prompts
         began = time.perf_counter()
-        phase = f"reading captions ({iteration})"
-        batches = self._feed.fetch(self._coming, self._timeout_s, phase)
+        attempted = f"reading captions ({iteration})"
+        batches = self._feed.fetch(self._coming, self._timeout_s, attempted)
         waited_s = time.perf_counter() - began
         rejected = self._data.record_arrival(iteration, batches)
         self._taken[iteration] = ConsumedBatches(tuple(batches), waited_s, rejected)

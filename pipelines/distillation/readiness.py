@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 import torch
 
 from cluster.inventory import memory_bytes
+from cluster.paths import nearest_folder
 from cluster.stores import store_address
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
@@ -136,7 +137,7 @@ def _outputs(config: DistillConfig, model: ModelFolder, *, resume: bool) -> str:
         return f"{address} takes objects"
     folder = config.run_folder.absolute()
     attempted = f"checking the run's folder {folder}"
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = nearest_folder(folder)
     free = shutil.disk_usage(there).free
     needed = _disk_bytes(config, model)
     if needed > free:

@@ -128,9 +128,9 @@ class Snapshots:
             ]
             for role, group in roles.learners.items()
         }
-        phase = f"going back to iteration {taken.position.iteration}"
+        attempted = f"going back to iteration {taken.position.iteration}"
         try:
-            self._fetch_all(pending, phase)
+            self._fetch_all(pending, attempted)
         except ResultLostError:
             self._taken = None
             raise
@@ -138,7 +138,9 @@ class Snapshots:
             # A store that is full says so to whoever takes what it could not keep.
             self._taken = None
             expected = "room for it in the object stores"
-            raise ResultLostError(phase, f"a copy was not kept: {error.found}", expected) from error
+            raise ResultLostError(
+                attempted, f"a copy was not kept: {error.found}", expected
+            ) from error
         return taken.position
 
     def _look_for_room(self) -> None:
@@ -179,10 +181,10 @@ class Snapshots:
         }
 
     def _fetch_all(
-        self, asked: Mapping[WorkerGroup[Any], Sequence[Future[int]]], phase: str
+        self, asked: Mapping[WorkerGroup[Any], Sequence[Future[int]]], attempted: str
     ) -> None:
         for group, answers in asked.items():
-            group.fetch(answers, self._timeout_s, phase)
+            group.fetch(answers, self._timeout_s, attempted)
 
     def _copy_here(self, taken: _Taken) -> None:
         from cluster.ray.replacement import copy_to_this_machine

@@ -237,15 +237,15 @@ class States:
 
     def _written(self, saving: _Save, asked: _Asked, timeout_s: float) -> dict[str, str] | None:
         """SHA-256 by path of what all ranks have written; None while one is writing."""
-        phase = f"saving the state of iteration {saving.step}"
+        attempted = f"saving the state of iteration {saving.step}"
         parts: list[dict[str, str] | None] = []
         for role, group, futures in asked:
             # Copying comes first in every rank's order, and what it raised is to be heard.
-            updates = group.fetch(saving.begun[role], timeout_s=timeout_s, phase=phase)
+            updates = group.fetch(saving.begun[role], timeout_s=timeout_s, attempted=attempted)
             if set(updates) != {self._updates(role, saving)}:
                 expected = f"{self._updates(role, saving)} updates on each rank"
-                raise StaleCallError(phase, f"a {group.name} of {updates} updates", expected)
-            parts += group.fetch(futures, timeout_s=timeout_s, phase=phase)
+                raise StaleCallError(attempted, f"a {group.name} of {updates} updates", expected)
+            parts += group.fetch(futures, timeout_s=timeout_s, attempted=attempted)
         written = [part for part in parts if part is not None]
         if len(written) < len(parts):
             return None
@@ -442,5 +442,7 @@ class States:
             # A mount that fails: what ends the run is the error to raise.
             return False
 
-    def _fetch(self, group: Any, pending: Sequence[Future[Any]], phase: str) -> list[Any]:  # noqa: ANN401
-        return group.fetch(pending, timeout_s=self._config.topology.call_timeout_s, phase=phase)
+    def _fetch(self, group: Any, pending: Sequence[Future[Any]], attempted: str) -> list[Any]:  # noqa: ANN401
+        return group.fetch(
+            pending, timeout_s=self._config.topology.call_timeout_s, attempted=attempted
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
+from cluster.paths import nearest_folder
 from cluster.redaction import without_secrets
 from cluster.s3.settings import S3Settings
 from cluster.stores import open_store
@@ -74,8 +75,7 @@ def leave_marker(folder: str) -> str:
     Returns:
         Its path; `remove_marker` deletes it.
     """
-    nearest = next(each for each in (Path(folder), *Path(folder).parents) if each.is_dir())
-    path = nearest / f".sgmd-doctor-{uuid.uuid4().hex}"
+    path = nearest_folder(folder) / f".sgmd-doctor-{uuid.uuid4().hex}"
     with suppress(OSError):
         path.touch()
     return str(path)
@@ -101,8 +101,7 @@ def _mb_per_s(seconds: float) -> str:
 
 
 def _free(path: str) -> str:
-    there = next(each for each in Path(path).parents if each.exists())
-    return f"{gib(shutil.disk_usage(there).free)} free"
+    return f"{gib(shutil.disk_usage(nearest_folder(path)).free)} free"
 
 
 @contextmanager

@@ -368,10 +368,10 @@ def _costs(
         samples = work.samples_of_a_rank(call.role, call.num_samples, ranks)
         # Nothing is computed while ranks that work together exchange tokens for heads.
         exchange_s, measured_s = (
-            own.gather_s(num_bytes.get(name, 0.0) * samples * company, company)
-            for num_bytes, company in (
-                (exchanged, work.company(call.role)),
-                (in_measured, measured.company(call.role)),
+            own.gather_s(num_bytes.get(name, 0.0) * samples * width, width)
+            for num_bytes, width in (
+                (exchanged, work.ranks_per_sample(call.role)),
+                (in_measured, measured.ranks_per_sample(call.role)),
             )
         )
         # Measured seconds contain the exchange of the measured run, in place of this one.
@@ -386,8 +386,8 @@ def _costs(
         if call.stage == TRAINED_WEIGHTS.name:
             return weights
         # A process takes what concerns its own samples.
-        parties = one.ranks[pool_of(call)] // work.company(call.role)
-        share = -(-call.num_samples // parties) if call.micro_batch is not None else 0
+        groups = one.ranks[pool_of(call)] // work.ranks_per_sample(call.role)
+        share = -(-call.num_samples // groups) if call.micro_batch is not None else 0
         return sent.get((call.role, call.stage), 0) * share
 
     return hardware.costs(seconds, bytes_of)

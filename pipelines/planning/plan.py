@@ -149,11 +149,11 @@ def make_plan(
     Raises:
         ConfigError: Nothing fits; says what is short, and which changes would do.
     """
-    company = work.company(*work.roles)
-    if company > num_gpus:
+    width = work.ranks_per_sample(*work.roles)
+    if width > num_gpus:
         raise ConfigError(
             f"planning for {count_in_words(num_gpus, 'GPU')}",
-            f"{company} ranks work on each sample together",
+            f"{width} ranks work on each sample together",
             "at least as many GPUs",
             "Lower compute.ulysses of the roles",
         )

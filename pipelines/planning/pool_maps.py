@@ -59,7 +59,7 @@ class PoolMap:
         """Returns True if each rank gets samples of a micro-batch, as a recipe has to have it."""
         size = -(-work.batch_size // self.micro_batches)
         return all(
-            ranks <= size * min(work.company(role) for role in self.roles_on(pool))
+            ranks <= size * min(work.ranks_per_sample(role) for role in self.roles_on(pool))
             for pool, ranks in self.ranks.items()
         )
 
@@ -95,16 +95,16 @@ def uses_half(work: Workload, num_gpus: int, learn: int, score: int) -> bool:
         score: Ranks of the fake score's pool.
     """
     # Of a small batch no pool has a use for more ranks than samples, however many GPUs there are.
-    most = work.batch_size * (work.company(GENERATOR) + work.company(FAKE_SCORE))
+    most = work.batch_size * (work.ranks_per_sample(GENERATOR) + work.ranks_per_sample(FAKE_SCORE))
     return min(num_gpus, most) < 2 * (learn + score) <= 2 * num_gpus
 
 
 def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
     """Two pools that use half of the GPUs that have samples, with every use of the teacher."""
     for micro_batches, wanted in ranks_wanted(work.batch_size):
-        for parties in product(wanted, repeat=2):
-            learn = parties[0] * work.company(GENERATOR)
-            score = parties[1] * work.company(FAKE_SCORE)
+        for groups in product(wanted, repeat=2):
+            learn = groups[0] * work.ranks_per_sample(GENERATOR)
+            score = groups[1] * work.ranks_per_sample(FAKE_SCORE)
             if not (uses_half(work, num_gpus, learn, score) and work.suits(micro_batches, score)):
                 continue
             for teacher in ((LEARN, SCORE), (LEARN,), (SCORE,)):
@@ -113,7 +113,7 @@ def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
                     ranks = {LEARN: learn, SCORE: score}
                     one = PoolMap(ranks, {**places, **beside}, micro_batches)
                     if one.shares_out(work) and all(
-                        number % work.company(*one.roles_on(pool)) == 0
+                        number % work.ranks_per_sample(*one.roles_on(pool)) == 0
                         for pool, number in ranks.items()
                     ):
                         yield one
@@ -130,18 +130,18 @@ def fused_maps(work: Workload, num_gpus: int) -> list[PoolMap]:
     More samples in a call gather the weights less often, fewer ranks may all be on one machine;
     both gain where gathering takes longer than computing. Empty where samples cannot be shared out.
     """
-    company = work.company(*work.roles)
-    parties = max(1, num_gpus // company)
+    width = work.ranks_per_sample(*work.roles)
+    groups = max(1, num_gpus // width)
     found = [fused_map(work, num_gpus)]
     for share in range(1, _MOST_SAMPLES + 1):
-        micro_batches = -(-work.batch_size // (parties * share))
+        micro_batches = -(-work.batch_size // (groups * share))
         size = -(-work.batch_size // micro_batches)
-        found.append(_fused(work, company * -(-size // share), micro_batches))
+        found.append(_fused(work, width * -(-size // share), micro_batches))
     found += [
-        _fused(work, company * one, micro_batches)
+        _fused(work, width * one, micro_batches)
         for micro_batches, wanted in ranks_wanted(work.batch_size)
         for one in wanted
-        if one <= parties
+        if one <= groups
     ]
     each = {(one.ranks[FUSED], one.micro_batches): one for one in found}
     return [
@@ -156,14 +156,14 @@ def fused_map(work: Workload, num_gpus: int) -> PoolMap:
 
     Ranks of a fake score that has pairs of samples take one of them at a time.
     """
-    company = work.company(*work.roles)
-    most = -(-work.batch_size // max(1, num_gpus // company))
+    width = work.ranks_per_sample(*work.roles)
+    most = -(-work.batch_size // max(1, num_gpus // width))
     # Ranks that would only make more of the last round idle are left out.
-    ranks = company * -(-work.batch_size // most)
+    ranks = width * -(-work.batch_size // most)
     if work.paired:
         pairs = max(1, work.batch_size // 2)
-        parties = max(n for n in range(1, max(1, num_gpus // company) + 1) if pairs % n == 0)
-        ranks, most = company * parties, pairs // parties
+        groups = max(n for n in range(1, max(1, num_gpus // width) + 1) if pairs % n == 0)
+        ranks, most = width * groups, pairs // groups
     return _fused(work, ranks, most)
 
 

@@ -236,7 +236,7 @@ class Workload:
             for shape, share in zip(self.buckets.shapes, self.buckets.shares, strict=True)
         ]
 
-    def company(self, *roles: str) -> int:
+    def ranks_per_sample(self, *roles: str) -> int:
         """Least number of ranks in which each of some roles has whole samples."""
         if not self.ulysses:
             return 1
@@ -245,8 +245,8 @@ class Workload:
 
     def suits(self, micro_batches: int, ranks: int) -> bool:
         """Returns True if so many ranks of the fake score may share a batch of so many parts."""
-        parties = ranks // self.company(FAKE_SCORE)
-        return not self.paired or self.batch_size % (2 * micro_batches * parties) == 0
+        groups = ranks // self.ranks_per_sample(FAKE_SCORE)
+        return not self.paired or self.batch_size % (2 * micro_batches * groups) == 0
 
     def samples_of_a_rank(self, role: str, num_samples: int, ranks: int) -> float:
         """Most samples that a rank works through; a part of one where ranks work together.
@@ -254,11 +254,11 @@ class Workload:
         Args:
             role: The role.
             num_samples: Of a micro-batch.
-            ranks: That share them; a multiple of the role's company.
+            ranks: That share them; a multiple of the role's `ranks_per_sample`.
         """
-        company = self.company(role)
-        most = -(-num_samples // (ranks // company))
-        return most if company == 1 else most / company
+        width = self.ranks_per_sample(role)
+        most = -(-num_samples // (ranks // width))
+        return most if width == 1 else most / width
 
     @property
     def roles(self) -> tuple[str, ...]:

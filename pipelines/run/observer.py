@@ -13,7 +13,7 @@ class RunObserver:
     """Receives the events of a run in their order. Every method does nothing unless overridden."""
 
     def note(self, text: str) -> None:
-        """Receives one line about a phase: starting, loading, saving."""
+        """Receives one line about the progress of the run, such as that its state is loaded."""
 
     def iteration(self, record: IterationRecord) -> None:
         """Receives the record of an iteration that is committed."""

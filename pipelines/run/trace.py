@@ -188,8 +188,8 @@ class RunTrace:
     def _hear(self) -> dict[str, float]:
         seconds = defaultdict[str, float](float)
         for group, answers in self._answers:
-            phase = f"reading the times of {group.name}"
-            for part in group.fetch(answers, self._timeout_s, phase):
+            attempted = f"reading the times of {group.name}"
+            for part in group.fetch(answers, self._timeout_s, attempted):
                 for work in part:
                     seconds[f"{work.role}.{work.method}"] += work.seconds
                     self._sort(work)
@@ -206,8 +206,8 @@ class RunTrace:
             for name in ("arrived_s", "began_s", "ended_s", "left_s")
         }
         placed = replace(work, **times)
-        iteration, phase = work.label.iteration, work.label.phase
-        if iteration is not None and phase is not None and iteration >= self._num_complete:
+        iteration, part = work.label.iteration, work.label.part
+        if iteration is not None and part is not None and iteration >= self._num_complete:
             self._works[iteration].append(placed)
         else:
             self._others.append(placed)

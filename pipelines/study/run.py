@@ -125,7 +125,7 @@ def study(
 
     Args:
         config: The recipe; its study section says what is compared.
-        tell: Called with one line about each phase.
+        tell: Called with lines about the progress.
         open_observer: Opens the observer of a run.
 
     Returns:

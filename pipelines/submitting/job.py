@@ -61,7 +61,7 @@ def submit(
         output_root: Folder or address on the cluster at which relative outputs begin.
         forward: Environment variables to send along besides those without secrets.
         retries: Times that the job runs the command again where it fails.
-        tell: Called with one line about each phase.
+        tell: Called with lines about the progress.
 
     Raises:
         ConfigError: The command, its settings, the address, the source tree or a variable is wrong;

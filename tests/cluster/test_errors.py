@@ -51,7 +51,7 @@ def test_every_error_of_the_tree_is_covered_and_drawn():
     assert all(name in str(errors.__doc__) for name in tree)
 
 
-def test_a_dead_worker_is_told_by_group_rank_and_phase():
+def test_a_dead_worker_is_told_by_group_rank_and_what_was_attempted():
     text = str(EXAMPLES[0])
     assert text.startswith(
         "While painting: the process of painters rank 1 (pid 7, on host) is gone: "

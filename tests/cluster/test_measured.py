@@ -40,7 +40,7 @@ def simulated(latency_s: float = 0.0):
             span.call.role,
             span.call.rank,
             span.call.stage,
-            Label(span.call.iteration, span.call.phase, span.call.micro_batch),
+            Label(span.call.iteration, span.call.part, span.call.micro_batch),
             *(100 + at for at in (span.start_s, span.start_s, span.end_s, span.end_s)),
         )
         for span in timeline.spans

@@ -10,6 +10,7 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 
 from cluster.errors import StorageError, StoreRefusedError
+from cluster.paths import nearest_folder
 from cluster.storage import read_json, write_json, write_text
 from cluster.storage_errors import full_disk_errors, room_at, storage_errors, with_room
 
@@ -94,6 +95,20 @@ def test_a_full_disk_is_told_with_its_folder_and_its_room_by_whoever_meets_it(
         assert f"({tmp_path} has " in caught.value.found
         assert " free of " in caught.value.found
         assert "Free space there" in str(caught.value)
+
+
+def test_the_nearest_folder_is_found_through_links_and_above_what_is_none(tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    assert nearest_folder(folder) == folder
+    assert nearest_folder(folder / "a" / "b") == folder
+    assert nearest_folder(tmp_path / "link" / "a") == tmp_path / "link"
+    assert nearest_folder(tmp_path / "file" / "a") == tmp_path
+    assert nearest_folder(tmp_path / "nowhere" / "a") == tmp_path
+    assert nearest_folder("not-there") == Path.cwd()
 
 
 def test_room_is_told_of_local_places_alone(tmp_path: Path):

@@ -10,16 +10,16 @@ from cluster.schedule.schedule import Call
 def graphs_kept(calls: Sequence[Call], program: Program) -> dict[tuple[str, int], int]:
     """Most samples whose results a rank keeps in memory at once, by (role, rank)."""
     keepers = {
-        (phase, stage.name): stage.keeps_until
-        for phase, part in enumerate(program)
+        (number, stage.name): stage.keeps_until
+        for number, part in enumerate(program)
         if isinstance(part, Pass)
         for stage in part.stages
         if stage.keeps_until
     }
-    users = {(phase, user) for (phase, _), user in keepers.items()}
+    users = {(part, user) for (part, _), user in keepers.items()}
     kept, most = defaultdict[tuple[str, int], int](int), defaultdict[tuple[str, int], int](int)
     for call in calls:
-        place, key = (call.role, call.rank), (call.phase, call.stage)
+        place, key = (call.role, call.rank), (call.part, call.stage)
         if key in keepers:
             kept[place] += call.num_computed
             most[place] = max(most[place], kept[place])

@@ -145,8 +145,8 @@ def key_of(iteration: int, micro_batch: int = 0, purpose: Purpose = Purpose.GENE
 def part_of(batch: Sequence[int], together: int = 1) -> Sequence[int]:
     """The samples of a batch that are this rank's; all of them without a process group."""
     width = len(batch) * together // max(together, num_ranks())
-    party = dist.get_rank() // together if num_ranks() > 1 else 0
-    return batch[party * width : (party + 1) * width]
+    group = dist.get_rank() // together if num_ranks() > 1 else 0
+    return batch[group * width : (group + 1) * width]
 
 
 def gather(

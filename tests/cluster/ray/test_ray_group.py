@@ -37,7 +37,7 @@ def second(ray_groups):
     return ray_groups["second"]
 
 
-def test_a_killed_process_is_told_by_group_rank_and_phase(placement, second):
+def test_a_killed_process_is_told_by_group_rank_and_what_was_attempted(placement, second):
     doomed = RayWorkerGroup("doomed", make_toy, (5,), placement)
     result_before = doomed.call_rank(0, Toy.history)
     os.kill(doomed.process_ids()[0], signal.SIGKILL)
@@ -74,7 +74,7 @@ def test_a_late_rank_is_named(second):
     with pytest.raises(CallTimeoutError, match=r"second rank 0 did not finish sleep\(\)") as caught:
         second.fetch([future], 1.0, "sleeping in iteration 2")
     assert isinstance(caught.value, TimeoutError)
-    assert (caught.value.phase, caught.value.timeout_s) == ("sleeping in iteration 2", 1.0)
+    assert (caught.value.attempted, caught.value.timeout_s) == ("sleeping in iteration 2", 1.0)
 
 
 def test_an_error_that_cannot_travel_is_told_in_words(second):
@@ -96,7 +96,7 @@ def test_an_error_that_loses_its_notes_is_not_said_to_be_outside_of_its_call(sec
         (
             False,
             ValueError,
-            "raised in packing the result of unpackable() of second rank 0, iteration 7, phase 0, "
+            "raised in packing the result of unpackable() of second rank 0, iteration 7, part 0, "
             "micro-batch 1",
         ),
         (True, TypeError, "raised in second rank 0, outside of its calls (unpackable()); training"),

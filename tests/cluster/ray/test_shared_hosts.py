@@ -161,7 +161,7 @@ class TestShared:
         (works,) = [part for part in one.fetch(one.ask_work(), WAIT_S, "reading") if part]
         (work,) = works
         assert (work.role, work.rank, work.method) == ("one", 1, "sleep")
-        assert (work.label.iteration, work.label.phase, work.label.micro_batch) == (7, 1, 2)
+        assert (work.label.iteration, work.label.part, work.label.micro_batch) == (7, 1, 2)
         assert work.ended_s - work.began_s >= 0.05
         assert two.clocks() == one.clocks() or len({c.machine for c in two.clocks()}) == 1
 

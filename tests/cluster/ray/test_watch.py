@@ -179,7 +179,7 @@ def test_of_ranks_in_a_collective_the_one_that_has_not_entered_is_stuck(
                 choir.fetch(calls, WAIT_S, "singing")
     assert [(one.group, one.rank) for one in found] == [("choir", 1)]
     assert (caught.value.group, caught.value.rank) == ("choir", 1)
-    assert "stuck in late_chord() of iteration 3, phase 0, micro-batch 0 for" in caught.value.cause
+    assert "stuck in late_chord() of iteration 3, part 0, micro-batch 0 for" in caught.value.cause
     dump = Path(caught.value.dump).read_text()
     late, partner = dump.split("== choir rank 0")
     assert "late_chord" in late

@@ -30,7 +30,7 @@ IDLE = ProgressReport(
     1, 7, 9, "node", "host", "", "", 3, "S", 0, 2**30, {"generator": 0, "teacher": 1}
 )
 BUSY = replace(
-    IDLE, group="generator", method="learn", iteration=4, label="phase 0", num_earlier=8, usual_s=1
+    IDLE, group="generator", method="learn", iteration=4, label="part 0", num_earlier=8, usual_s=1
 )
 
 
@@ -211,7 +211,7 @@ def test_the_cause_of_a_death_is_one_sentence(
 ):
     found = cause_of(RAYS.format(words), lines, BUSY, more_kills)
     assert found.startswith(cause)
-    assert "in learn() of iteration 4, phase 0" in found
+    assert "in learn() of iteration 4, part 0" in found
     assert "." not in found.replace("1 GiB", "")
 
 

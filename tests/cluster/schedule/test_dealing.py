@@ -67,8 +67,8 @@ def calls_of(name: str, layout: str, micro_batches: int, depth: int, stale: int)
 @each_program
 def test_every_stage_sees_every_sample_once_after_what_it_takes(name):
     stages = {
-        (phase, stage.name)
-        for phase, part in enumerate(PROGRAMS[name])
+        (number, stage.name)
+        for number, part in enumerate(PROGRAMS[name])
         if isinstance(part, Pass)
         for stage in part.stages
     }
@@ -82,7 +82,7 @@ def test_every_stage_sees_every_sample_once_after_what_it_takes(name):
                 handed = {sample for maker in makers for sample in range(*maker.samples)}
                 assert set(range(*call.samples)) <= handed
             for sample in range(*call.samples):
-                seen[call.iteration, call.phase, call.stage].append((call.micro_batch, sample))
+                seen[call.iteration, call.part, call.stage].append((call.micro_batch, sample))
         everything = sorted(product(range(micro_batches), range(4)))
         assert {key: sorted(samples) for key, samples in seen.items()} == {
             (iteration, *stage): everything for iteration, stage in product(range(2), stages)
@@ -92,8 +92,8 @@ def test_every_stage_sees_every_sample_once_after_what_it_takes(name):
 @each_program
 def test_what_a_stage_keeps_is_used_up_after_it_on_its_own_rank(name):
     users = {
-        (phase, stage.name): stage.keeps_until
-        for phase, part in enumerate(PROGRAMS[name])
+        (number, stage.name): stage.keeps_until
+        for number, part in enumerate(PROGRAMS[name])
         if isinstance(part, Pass)
         for stage in part.stages
         if stage.keeps_until
@@ -101,12 +101,12 @@ def test_what_a_stage_keeps_is_used_up_after_it_on_its_own_rank(name):
     for layout, micro_batches, depth, stale in SIZES:
         calls = calls_of(name, layout, micro_batches, depth, stale)
         place = {
-            (c.iteration, c.phase, c.stage, c.micro_batch, c.rank): at for at, c in enumerate(calls)
+            (c.iteration, c.part, c.stage, c.micro_batch, c.rank): at for at, c in enumerate(calls)
         }
-        for (iteration, phase, stage, micro_batch, rank), kept in place.items():
-            if (phase, stage) in users:
-                user = users[phase, stage]
-                assert place[iteration, phase, user, micro_batch, rank] > kept
+        for (iteration, part, stage, micro_batch, rank), kept in place.items():
+            if (part, stage) in users:
+                user = users[part, stage]
+                assert place[iteration, part, user, micro_batch, rank] > kept
 
 
 @each_program
@@ -125,7 +125,7 @@ def test_gradients_are_gathered_in_the_order_of_roles_with_processes_of_their_ow
 
 def marks(calls: list[Call], name: str) -> list[tuple[object, ...]]:
     wanted = accumulating(name) | {REPORT, STEP}
-    return [(c.iteration, c.phase, c.stage, c.micro_batch) for c in calls if c.stage in wanted]
+    return [(c.iteration, c.part, c.stage, c.micro_batch) for c in calls if c.stage in wanted]
 
 
 @each_program

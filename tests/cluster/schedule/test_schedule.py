@@ -86,16 +86,16 @@ def test_every_stage_sees_every_sample_once(name):
         seen = defaultdict[tuple[int, int, str], list[tuple[int | None, int]]](list)
         for call in calls_of(name, number, micro_batches, depth, stale):
             for sample in range(*call.samples):
-                seen[call.iteration, call.phase, call.stage].append((call.micro_batch, sample))
+                seen[call.iteration, call.part, call.stage].append((call.micro_batch, sample))
         stages = [
-            (phase, stage.name)
-            for phase, part in enumerate(PROGRAMS[name])
+            (number, stage.name)
+            for number, part in enumerate(PROGRAMS[name])
             if isinstance(part, Pass)
             for stage in part.stages
         ]
         everything = sorted(product(range(micro_batches), range(4)))
-        for iteration, (phase, stage) in product(range(2), stages):
-            assert sorted(seen[iteration, phase, stage]) == everything
+        for iteration, (part, stage) in product(range(2), stages):
+            assert sorted(seen[iteration, part, stage]) == everything
 
 
 @each_program
@@ -136,7 +136,7 @@ def test_gradients_are_gathered_in_one_order_whatever_depth_and_teams(name, micr
             if role == TEACHER:
                 continue
             marks = [
-                (call.iteration, call.phase, call.stage, call.micro_batch)
+                (call.iteration, call.part, call.stage, call.micro_batch)
                 for call in own
                 if call.stage in accumulating(name) | {REPORT, STEP}
             ]
@@ -155,7 +155,7 @@ def test_only_what_runs_ahead_of_a_late_update_is_stale(name):
             (call.role, call.stage)
             for call, updates in zip(calls, behind, strict=True)
             if updates and call.stage not in (REPORT, STEP)
-            if call.phase == 0
+            if call.part == 0
         }
         if not stale:
             assert ahead == set()
@@ -269,7 +269,7 @@ def test_of_ranks_that_work_together_one_has_the_result_and_all_have_the_work():
     asked = defaultdict[tuple[int, str, str, int], list[Call]](list)
     for call in calls:
         if call.micro_batch is not None:
-            asked[call.phase, call.role, call.stage, call.micro_batch].append(call)
+            asked[call.part, call.role, call.stage, call.micro_batch].append(call)
     for (_, role, _, micro_batch), found in asked.items():
         assert {call.rank for call in found} == set(range(teams[role].ranks))
         counted = sum(call.num_samples for call in found if call.counts)
@@ -301,7 +301,7 @@ def test_nobody_takes_what_a_rank_without_a_sample_made():
     asked = defaultdict[tuple[int, str, str, int], set[int]](set)
     for call in calls:
         if call.micro_batch is not None:
-            asked[call.phase, call.role, call.stage, call.micro_batch].add(call.rank)
+            asked[call.part, call.role, call.stage, call.micro_batch].add(call.rank)
     assert all(len(ranks) == teams[key[1]].ranks for key, ranks in asked.items())
     counted = sum(call.num_samples for call in calls if call.stage == "learn")
     assert counted == 6

@@ -546,7 +546,7 @@ class TestRefusals:
         assert "some ranks would never have one" in refusal(*settings, recipe="wan21-1.3b")
         more = "topology.teacher={ranks: 4, replicas: 9}"
         text = refusal(*settings, "teacher.compute.ulysses=2", more, recipe="wan21-1.3b")
-        assert "(1, 2 parties of 2 ranks that work together in each), so some would" in text
+        assert "(1, 2 groups of 2 ranks that work together in each), so some would" in text
 
     def test_a_sweep_over_a_key_that_does_not_exist_is_met_before_it_starts(self):
         text = refusal("sweep.grid={objective.lambda_n: [1]}")

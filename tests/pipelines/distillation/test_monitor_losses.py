@@ -48,9 +48,9 @@ class JudgeGroup(LocalWorkerGroup[Judge]):
     def is_done(self, future: Future[Any]) -> bool:
         return self.num_fetched < self.num_done
 
-    def fetch(self, futures: Any, timeout_s: float, phase: str) -> list[Any]:
+    def fetch(self, futures: Any, timeout_s: float, attempted: str) -> list[Any]:
         self.num_fetched += 1
-        return super().fetch(futures, timeout_s, phase)
+        return super().fetch(futures, timeout_s, attempted)
 
 
 class Learner:

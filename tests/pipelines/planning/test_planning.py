@@ -208,7 +208,7 @@ class TestSamplesOverSeveralRanks:
             ).iteration_s
             for speed in (20e9, 200e9, 1e30)
         }
-        # Each of two parties has a sample; three of four parts come from others.
+        # Each of two groups has a sample; three of four parts come from others.
         exchanged = sum(exchanged_bytes(work).values()) * 3 / 4
         assert exchanged / 20e9 > 0.01 * seconds[1e30]
         for speed in (20e9, 200e9):
