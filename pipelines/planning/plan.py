@@ -278,13 +278,7 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
     attempted = f"planning for {gpus} of {hardware.memory_gb:g} GB"
     roomy = replace(hardware, host_memory_gb=math.inf)
     if not run_fits(work, hardware.unbound, num_gpus):
-        return ConfigError(
-            attempted,
-            f"in no layout does every rank get samples: batch.size is {work.batch_size}, and "
-            f"compute.ulysses {', '.join(f'{role} {number}' for role, number in work.ulysses)}",
-            "samples for the ranks of each role",
-            "Raise batch.size, or give every role the same compute.ulysses",
-        )
+        return _no_samples(attempted, work)
     if run_fits(work, roomy, num_gpus):
         return ConfigError(
             attempted,
@@ -305,6 +299,25 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
         "It would fit with " + "; or with ".join(remedies)
         if remedies
         else "No settings make it fit: use smaller clips, or more and larger GPUs",
+    )
+
+
+def _no_samples(attempted: str, work: Workload) -> ConfigError:
+    """Error where no layout gives every rank samples, with the settings that want more of them."""
+    wanting = [f"batch.size is {work.batch_size}"]
+    remedies = ["Raise batch.size"]
+    if work.ulysses:
+        numbers = ", ".join(f"{role} {number}" for role, number in work.ulysses)
+        wanting.append(f"compute.ulysses {numbers}")
+        remedies.append("give every role the same compute.ulysses")
+    if work.paired:
+        wanting.append("fake_score.gap shuffled, by which its ranks have pairs of samples")
+        remedies.append("set fake_score.gap=own")
+    return ConfigError(
+        attempted,
+        f"in no layout does every rank get samples: {', and '.join(wanting)}",
+        "samples for the ranks of each role",
+        ", or ".join(remedies),
     )
 
 

@@ -124,8 +124,10 @@ def test_roles_that_share_samples_differently_get_settings_that_a_recipe_takes(b
 def test_a_batch_that_leaves_ranks_without_samples_is_refused_by_what_it_lacks():
     work = replace(WORK, batch_size=1, ulysses=((GENERATOR, 4),))
     assert fused_maps(work, 8) == []
-    with pytest.raises(ConfigError, match="in no layout does every rank get samples"):
+    with pytest.raises(ConfigError, match="in no layout does every rank get samples") as refused:
         make_plan(work, modelled(work, ROOMY), ROOMY, 4)
+    assert "compute.ulysses generator 4" in refused.value.found
+    assert "pairs" not in f"{refused.value.found} {refused.value.remedy}"
     # Beside the generator's four a fifth rank has the sample of the other roles.
     plan = make_plan(work, modelled(work, ROOMY), ROOMY, 5)
     assert {name: pool.gpus for name, pool in plan.best.pools.items()} == {"learn": 4, "score": 1}
@@ -156,6 +158,17 @@ def test_a_plan_blames_pairs_of_samples_where_they_are_the_cause():
     paired = replace(work, paired=True)
     plan = make_plan(paired, modelled(paired, ROOMY), ROOMY, 6)
     assert "pairs of samples" in plan.left_out[FUSED]
+
+
+def test_pairs_of_samples_are_a_cause_of_ranks_without_samples():
+    work = replace(WORK, batch_size=4, ulysses=((GENERATOR, 4),))
+    # What it moves: without pairs four GPUs do.
+    assert make_plan(work, modelled(work, ROOMY), ROOMY, 4).best.name == FUSED
+    paired = replace(work, paired=True)
+    with pytest.raises(ConfigError) as refused:
+        make_plan(paired, modelled(paired, ROOMY), ROOMY, 4)
+    assert "fake_score.gap shuffled, by which its ranks have pairs" in refused.value.found
+    assert refused.value.remedy.endswith("or set fake_score.gap=own")
 
 
 def test_where_the_usual_ranks_are_left_out_the_smallest_decides_by_memory():
