@@ -22,8 +22,8 @@ from joint_walk import iterations, plans
 
 from pipelines.config.recipe import load_recipe
 from pipelines.planning.hardware import GB, Hardware, parse_kinds
-from pipelines.planning.layouts import Layout
 from pipelines.planning.plan import best_layouts, make_mixed_plan, make_plan
+from pipelines.planning.planned_layout import Layout
 from pipelines.planning.stage_times import measured, modelled
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError

@@ -19,8 +19,8 @@ from sgmd_core.words import count_in_words
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
-    from pipelines.planning.layouts import Layout
     from pipelines.planning.plan import Plan
+    from pipelines.planning.planned_layout import Layout
     from pipelines.planning.request import Request
 
 

@@ -16,7 +16,8 @@ from itertools import permutations, product
 
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import GB, GpuKind
-from pipelines.planning.layouts import AS_FAST, Layout, fastest_map, fused_layout, map_layout
+from pipelines.planning.layouts import AS_FAST, fastest_map, fused_layout, map_layout
+from pipelines.planning.planned_layout import Layout
 from pipelines.planning.pool_maps import (
     LEARN,
     SCORE,

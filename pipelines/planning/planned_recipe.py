@@ -6,8 +6,8 @@ from typing import Any
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR
 from pipelines.config.topology import FUSED
-from pipelines.planning.layouts import Layout
 from pipelines.planning.plan import Plan
+from pipelines.planning.planned_layout import Layout
 
 _FUSED_LABELS = "topology.fused.labels"
 

@@ -18,9 +18,9 @@ from pipelines.planning.beside import (
 )
 from pipelines.planning.fitting import fastest_fit
 from pipelines.planning.hardware import Hardware, parse_kinds
-from pipelines.planning.layouts import Layout
 from pipelines.planning.passes import expected_lag, lag_share, total_units
 from pipelines.planning.plan import Plan, best_layouts, make_mixed_plan, make_plan
+from pipelines.planning.planned_layout import Layout
 from pipelines.planning.savings import Saved, fitting_savings, walk_setting
 from pipelines.planning.search import find_batch
 from pipelines.planning.stage_times import StageTimes

@@ -10,8 +10,9 @@ import pytest
 from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import Hardware
-from pipelines.planning.layouts import Layout, fastest_map, fused_layout
+from pipelines.planning.layouts import fastest_map, fused_layout
 from pipelines.planning.plan import best_layouts, make_plan
+from pipelines.planning.planned_layout import Layout
 from pipelines.planning.pool_maps import (
     FUSED,
     PoolMap,

@@ -9,9 +9,10 @@ from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.config.topology import NamedPoolSettings
 from pipelines.planning.hardware import Hardware, parse_kinds
-from pipelines.planning.layouts import Layout, fastest_map, fused_layout, map_layout
+from pipelines.planning.layouts import fastest_map, fused_layout, map_layout
 from pipelines.planning.mixed import SPARE, mixed_layouts
 from pipelines.planning.plan import Plan, best_layouts
+from pipelines.planning.planned_layout import Layout
 from pipelines.planning.planned_recipe import planned_recipe
 from pipelines.planning.pool_maps import FUSED, LEARN, PoolMap, fused_map
 from pipelines.planning.stage_times import StageTimes, modelled, rescaled
