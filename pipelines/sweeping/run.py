@@ -10,10 +10,9 @@ the same order and are measured on the same captions and seeds.
 import logging
 import os
 import secrets
-import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -22,29 +21,22 @@ import optuna
 from ray import tune
 from ray.tune.execution import class_cache
 
-from cluster.errors import StorageError
-from cluster.lease import LEASE_FILE, hold_if_free
 from cluster.ray.pools import Pool, bundles_of, selectors_of
 from cluster.runtime import start_ray
-from cluster.storage import write_text
 from cluster.stores import store_address
 from pipelines.config.captions_of_jobs import (
-    keep_captions,
     kept_captions,
     require_kept_captions,
 )
 from pipelines.config.model_folders import model_on_this_machine
-from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.distillation.branching import keep_state, states_of
+from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.pools import (
     lent_pools_of,
     own_cluster_size,
     own_pools_of,
     pools_of,
 )
-from pipelines.distillation.run import NOT_NEEDED
-from pipelines.run.differences import value_differences
-from pipelines.run.folder import TEACHER_CLIPS, RunFolder
+from pipelines.run.folder import TEACHER_CLIPS
 from pipelines.run.observer import RunObserver
 from pipelines.run.opened_copy import hold_place, working_copy
 from pipelines.run.outputs import require_output_folder
@@ -54,8 +46,16 @@ from pipelines.run.ray_store import ray_store
 from pipelines.run.stopping import StopRequests, stop_requests
 from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
+from pipelines.sweeping.folder import (
+    delete_left_leases,
+    from_kept_start,
+    has_begun,
+    keep_start,
+    require_folder,
+    take_folder,
+)
 from pipelines.sweeping.page import write_sweep_page
-from pipelines.sweeping.places import ELSEWHERE, START, TRIALS, TUNE, sweep_place
+from pipelines.sweeping.places import ELSEWHERE, TRIALS, TUNE, sweep_place
 from pipelines.sweeping.results import TABLE_FILE, SweepResult, write_results, write_table
 from pipelines.sweeping.search import (
     keep_present,
@@ -75,10 +75,6 @@ _CONTROLLER_CPUS = 1.0
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 # Starts of a trial whose process is lost; it goes on from its own checkpoint.
 _MAX_LOSSES = 3
-# For how long the processes of ended trials are waited for.
-_ENDING_S, _LOOK_EVERY_S = 5.0, 0.1
-_MAY_CHANGE = ("concurrent_trials",)
-_RECIPE = "recipe.yaml"
 # Of what a trial imports, what does not import Ray: a second of a core in each process.
 _MODULES_OF_TRIALS = ("pipelines.distillation.run", "pandas")
 # Beginnings of what Tune logs and this project says in other words.
@@ -125,7 +121,7 @@ def sweep(
     with _without_idle_words(), working_copy(sweep_place(config), ELSEWHERE):
         folder = local_of(sweep_place(config))
         if resume == "auto":
-            resume = (folder / _RECIPE).exists()
+            resume = has_begun(folder)
         if resume:
             require_kept_captions(config.data, folder, shared_place(folder))
         recipe = from_kept_start(config, folder) if resume else config
@@ -162,19 +158,12 @@ def _begin(
     config: DistillConfig, folder: Path, first_iteration: int, *, resume: bool
 ) -> CommonToTrials:
     """Writes what a sweep begins with; returns what its trials have in common."""
-    _take_folder(config, folder, resume=resume)
+    take_folder(config, folder, resume=resume)
     publish_now(folder)
-    start = config.sweep.start_from
-    if start and not _has_start(folder):
-        with working_copy(start, NOT_NEEDED):
-            keep_state(RunFolder(start), RunFolder(folder / START), iteration=first_iteration)
+    keep_start(config, folder, first_iteration)
     service = f"{config.name}-{secrets.token_hex(4)}" if config.sweep.share_teacher else ""
     inside = _inside(config, folder)
     return CommonToTrials(inside, first_iteration, listed_runs(config), service)
-
-
-def _has_start(folder: Path) -> bool:
-    return states_of(RunFolder(folder / START)).latest() is not None
 
 
 def _inside(config: DistillConfig, folder: Path) -> DistillConfig:
@@ -186,21 +175,6 @@ def _inside(config: DistillConfig, folder: Path) -> DistillConfig:
         **kept_captions(config.data, folder, place),
     }
     return from_kept_start(config.with_absolute_paths(), folder).with_settings(of_sweep)
-
-
-def from_kept_start(config: DistillConfig, folder: Path) -> DistillConfig:
-    """The recipe of a sweep whose trials go on from the state that the sweep has kept, if it has.
-
-    The run that `sweep.start_from` names may go on and delete its older states: trials that begin
-    after a `--resume` would begin elsewhere than those before.
-
-    Args:
-        config: The recipe.
-        folder: The sweep's.
-    """
-    if not config.sweep.start_from or not _has_start(folder):
-        return config
-    return config.with_settings({"sweep.start_from": shared_place(folder / START)})
 
 
 def dry_run_sweep(
@@ -222,8 +196,8 @@ def dry_run_sweep(
     with working_copy(sweep_place(config), ELSEWHERE):
         folder = local_of(sweep_place(config))
         if resume == "auto":
-            resume = (folder / _RECIPE).exists()
-        _require_folder(config, folder, resume=resume)
+            resume = has_begun(folder)
+        require_folder(config, folder, resume=resume)
         if resume:
             require_kept_captions(config.data, folder, shared_place(folder))
         checked_sweep(from_kept_start(config, folder) if resume else config, is_new=not resume)
@@ -232,58 +206,6 @@ def dry_run_sweep(
         "iterations": config.sweep.iterations,
         "checked": len(points_to_check(config)),
     }
-
-
-def _take_folder(config: DistillConfig, folder: Path, *, resume: bool) -> None:
-    """Writes the recipe into a new folder, or compares it with that of the folder.
-
-    Raises:
-        ConfigError: The folder is not free, not there, or another sweep's.
-    """
-    _require_folder(config, folder, resume=resume)
-    if not resume:
-        keep_captions(config.data, folder)
-        write_text(str(folder / _RECIPE), config.to_yaml())
-
-
-def _require_folder(config: DistillConfig, folder: Path, *, resume: bool) -> None:
-    """Checks that a new sweep can begin in a folder, or that this one has begun there."""
-    began, place = folder / _RECIPE, shared_place(folder)
-    if not resume:
-        if began.exists():
-            raise ConfigError(
-                f"starting a sweep in {place}",
-                "another one is there",
-                "a name that is free",
-                "Choose another one with name=..., go on with --resume, or delete the folder",
-            )
-        return
-    attempted = f"going on with the sweep in {place}"
-    if not began.exists():
-        raise ConfigError(
-            attempted,
-            f"no {_RECIPE} there",
-            "the folder of an earlier sweep",
-            "Check name and output; without --resume a new sweep is started",
-        )
-    before = load_recipe(str(began))
-    now, then = (
-        each.deciding_settings
-        | {
-            f"sweep.{name}": value
-            for name, value in each.sweep.model_dump(mode="json").items()
-            if name not in _MAY_CHANGE
-        }
-        for each in (config, before)
-    )
-    found = value_differences(then, now)
-    if found:
-        raise ConfigError(
-            attempted,
-            "; ".join(found),
-            "the recipe that it began with, except for sweep.concurrent_trials",
-            f"Its recipe is {place}/{_RECIPE}",
-        )
 
 
 def _sweep(
@@ -363,23 +285,8 @@ def _search(
         tuner = _tuner(config, folder, common, pools, book.trials, events)
         with stops.finishing_iterations(), events.ending_on(stops):
             results = tuner.fit()
-    _delete_left_leases(folder)
+    delete_left_leases(folder)
     book.keep({Path(result.path).name for result in results}, events.note)
-
-
-def _delete_left_leases(folder: Path) -> None:
-    """Deletes the leases of trials whose processes were ended, which may take a moment to end.
-
-    One that still runs then keeps its own.
-    """
-    deadline_s = time.monotonic() + _ENDING_S
-    while left := list((folder / TRIALS).glob(f"*/{LEASE_FILE}")):
-        for file in left:
-            with suppress(StorageError), hold_if_free(str(file.parent), "sgmd sweep"):
-                pass
-        if time.monotonic() >= deadline_s:
-            return
-        time.sleep(_LOOK_EVERY_S)
 
 
 @contextmanager

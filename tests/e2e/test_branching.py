@@ -10,7 +10,7 @@ from pipelines.distillation.branching import branch, ensure_branch, keep_state, 
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.opened_copy import working_copy
-from pipelines.sweeping.run import from_kept_start
+from pipelines.sweeping.folder import from_kept_start
 from sgmd_core.errors import CheckpointError
 from tests.e2e.conftest import MakeRecipe
 from tests.helpers.s3_server import S3Server, use_server
