@@ -9,7 +9,8 @@ import pytest
 
 from pipelines.config.recipe import load_recipe
 from pipelines.run.folder import RunFolder, append_jsonl
-from pipelines.run.records import IterationRecord, ValidationRecord
+from pipelines.run.records import ValidationRecord
+from tests.helpers.records import iteration_record
 
 ROOT = Path(__file__).parents[2]
 MakeRun = Callable[..., Path]
@@ -37,17 +38,12 @@ def make_run(tmp_path: Path, benchmark: ModuleType) -> MakeRun:
         run.config.write_text(load_recipe("tiny", [f"seed={seed}", *settings]).to_yaml())
         for iteration in range(40):
             loss = (1.0 + 0.1 * seed + 0.01 * iteration) * (late if iteration >= 20 else 1.0)
-            record = IterationRecord(
-                iteration=iteration,
+            record = iteration_record(
+                iteration,
                 losses=dict.fromkeys(benchmark.LOSSES, loss),
-                grad_norms={},
-                seconds={},
                 seconds_total=0.4,
-                data_wait_s=0.0,
                 samples_seen=16,
                 epoch=0.1,
-                cursor={},
-                rejected=0,
                 exit_steps=(0,),
             )
             append_jsonl(run.metrics, record.to_json())

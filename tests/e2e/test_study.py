@@ -20,7 +20,6 @@ from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder
 from pipelines.run.observer import RunObserver
 from pipelines.run.progress import LineObserver
-from pipelines.run.records import IterationRecord
 from pipelines.run.stop_rule import StopRule
 from pipelines.study import run as study_run
 from pipelines.study.judging import StudyEvaluator
@@ -30,6 +29,7 @@ from sgmd_core.errors import ConfigError, StopRequestedError
 from sgmd_core.worlds import WorldName
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT, TIMEOUT_S
+from tests.helpers.records import iteration_record
 from tests.helpers.s3_server import S3Server, use_server
 from workers.build import build_evaluator
 from workers.clip_sets import ClipRequest
@@ -230,19 +230,7 @@ def test_a_study_by_the_clock_measures_on_the_way_and_makes_no_finished_run_agai
 
 
 def test_progress_by_the_clock_tells_the_time_and_no_number_of_iterations() -> None:
-    record = IterationRecord(
-        iteration=0,
-        losses={},
-        grad_norms={},
-        seconds={},
-        seconds_total=4.0,
-        data_wait_s=0.0,
-        samples_seen=4,
-        epoch=0,
-        cursor={},
-        rejected=0,
-        exit_steps=(1,),
-    )
+    record = iteration_record(seconds_total=4.0, samples_seen=4, exit_steps=(1,))
     file = io.StringIO()
     console = Console(file=file, width=200)
     LineObserver(console, StopRule(1_000_000, max_seconds=60.0), spent_s=26.0).iteration(record)

@@ -20,8 +20,9 @@ from pipelines.evaluation.result import (
 from pipelines.media.clip_files import SheetGroup
 from pipelines.media.contact_sheet import write_contact_sheet
 from pipelines.run.folder import RunFolder, append_jsonl
-from pipelines.run.records import IterationRecord, ValidationRecord
+from pipelines.run.records import ValidationRecord
 from pipelines.shapes import FPS, ClipSplit, render_batch
+from tests.helpers.records import iteration_record
 from workers.samplings import FLOOR, REFERENCE, TEACHER_FEW
 
 NUM_ITERATIONS = 60
@@ -64,8 +65,8 @@ def start_run(
     settings = [f"iterations={NUM_ITERATIONS}", f"name={name}", *overrides]
     run.create(load_recipe("tiny", settings).to_yaml())
     for iteration in range(num_iterations):
-        record = IterationRecord(
-            iteration=iteration,
+        record = iteration_record(
+            iteration,
             losses={"fisher": 1 / (iteration + 1), "residual_contraction": 0.5, "own_term": 3.0},
             grad_norms={"generator": 0.1 + iteration, "fake_score": math.exp(-iteration / 9)},
             seconds={"generator.rollout": 0.2, "fake_score.signal": 0.3},
@@ -73,8 +74,6 @@ def start_run(
             data_wait_s=0.01,
             samples_seen=16 * (iteration + 1),
             epoch=0.1,
-            cursor={},
-            rejected=0,
             exit_steps=(0, 3),
         )
         append_jsonl(run.metrics, record.to_json())

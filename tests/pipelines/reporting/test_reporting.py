@@ -18,8 +18,8 @@ from pipelines.reporting.records import Line, read_run
 from pipelines.reporting.settings import differing_settings, flat
 from pipelines.reporting.times import critical_path, role_seconds, stage_times, utilisation
 from pipelines.run.folder import append_jsonl
-from pipelines.run.records import IterationRecord
 from pipelines.study.tables import COLUMNS
+from tests.helpers.records import iteration_record
 from tests.helpers.runs import finish_run, start_run, write_alarms
 from workers.measures import MEASURES
 
@@ -151,18 +151,12 @@ class TestTimes:
     def run(self, tmp_path):
         folder = start_run(tmp_path / "run", 0)
         for iteration, busy in enumerate((1.0, 3.0, 2.0)):
-            record = IterationRecord(
-                iteration=iteration,
-                losses={},
-                grad_norms={},
+            record = iteration_record(
+                iteration,
                 seconds={"generator.rollout": busy, "teacher.denoise": 8.0},
                 seconds_total=4.0,
                 data_wait_s=0.4,
                 samples_seen=1,
-                epoch=0.0,
-                cursor={},
-                rejected=0,
-                exit_steps=(),
             )
             append_jsonl(folder / "metrics.jsonl", record.to_json())
         return folder

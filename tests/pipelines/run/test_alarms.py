@@ -9,24 +9,15 @@ from pipelines.config.recipe import load_recipe
 from pipelines.run.alarms import AlarmWatch
 from pipelines.run.records import IterationRecord, ValidationRecord
 from sgmd_core.errors import ConfigError
+from tests.helpers.records import iteration_record
 
 WINDOW = 4
 SETTINGS = AlarmSettings(window=WINDOW)
 
 
 def an_iteration(number: int, **losses: float) -> IterationRecord:
-    return IterationRecord(
-        iteration=number,
-        losses={"tracking": 1.0, "fisher_norm": 1.0, "nr_norm": 0.1} | losses,
-        grad_norms={},
-        seconds={},
-        seconds_total=1.0,
-        data_wait_s=0.0,
-        samples_seen=0,
-        epoch=0.0,
-        cursor={},
-        rejected=0,
-        exit_steps=(),
+    return iteration_record(
+        number, losses={"tracking": 1.0, "fisher_norm": 1.0, "nr_norm": 0.1} | losses
     )
 
 

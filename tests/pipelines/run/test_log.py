@@ -10,24 +10,9 @@ from pipelines.run.folder import read_jsonl
 from pipelines.run.log import RunLog, hearing_loggers
 from pipelines.run.observer import Observers
 from pipelines.run.origin import COMMAND_VARIABLE
-from pipelines.run.records import IterationRecord, RunEvent
+from pipelines.run.records import RunEvent
+from tests.helpers.records import iteration_record
 from tests.helpers.secrets import plant
-
-
-def record_of(iteration: int) -> IterationRecord:
-    return IterationRecord(
-        iteration=iteration,
-        losses={},
-        grad_norms={},
-        seconds={},
-        seconds_total=1.0,
-        data_wait_s=0.0,
-        samples_seen=0,
-        epoch=0.0,
-        cursor={},
-        rejected=0,
-        exit_steps=(),
-    )
 
 
 def test_lines_say_where_they_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +24,7 @@ def test_lines_say_where_they_come_from(tmp_path: Path, monkeypatch: pytest.Monk
     everything.note("checking")
     assert not (tmp_path / "log.jsonl").exists()
     log.open()
-    everything.iteration(record_of(119))
+    everything.iteration(iteration_record(119))
     lost = RunEvent(kind="worker_died", cause="killed", role="teacher", rank=2, iteration=120)
     everything.event(lost)
     everything.said(Said(1, 1.5e9, "WARNING", "fake_score", 1, 120, "the server is slow"))

@@ -10,11 +10,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.run.alarms import Alarm
-from pipelines.run.records import IterationRecord, RunEvent, ValidationRecord
+from pipelines.run.records import RunEvent, ValidationRecord
 from pipelines.run.tensorboard import open_tensorboard
+from tests.helpers.records import iteration_record
 
-ITERATION = IterationRecord(
-    iteration=0,
+ITERATION = iteration_record(
     losses={"fisher": 0.5},
     grad_norms={"generator": 2.0},
     seconds={"teacher.denoise": 0.1},
@@ -22,8 +22,6 @@ ITERATION = IterationRecord(
     data_wait_s=0.25,
     samples_seen=16,
     epoch=0.1,
-    cursor={},
-    rejected=0,
     exit_steps=(0,),
 )
 

@@ -11,8 +11,9 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 
 from pipelines.run.alarms import Alarm
-from pipelines.run.records import IterationRecord, RunEvent, ValidationRecord
+from pipelines.run.records import RunEvent, ValidationRecord
 from pipelines.run.tracker import open_tracker
+from tests.helpers.records import iteration_record
 from tests.helpers.runs import write_sheet
 
 _HEADER_BYTES, _BLOCK_BYTES, _RECORD_HEADER_BYTES = 7, 2**15, 7
@@ -70,17 +71,13 @@ def values(file: Path, name: str) -> list[object]:
 @pytest.mark.slow
 def test_an_offline_run_holds_losses_figures_clips_alarms_and_events(tmp_path: Path) -> None:
     write_sheet(tmp_path / "samples", "validation-000001")
-    iteration = IterationRecord(
-        iteration=0,
+    iteration = iteration_record(
         losses={"fisher": 0.5},
         grad_norms={"generator": 2.0},
         seconds={"teacher.denoise": 0.1},
         seconds_total=0.4,
-        data_wait_s=0.0,
         samples_seen=16,
         epoch=0.1,
-        cursor={},
-        rejected=0,
         exit_steps=(0,),
     )
     validation = ValidationRecord(1, {"flow_top_ratio": 0.9}, 2.0, "validation-000001.png")
