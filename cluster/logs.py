@@ -127,8 +127,8 @@ def read_lines(
         on_broken: Called with one sentence where lines were left out.
 
     Returns:
-        The lines in order. A last line without its end was torn by a crash; it is left out without
-        a word.
+        The lines in order. A last line without its end was torn by a crash; it is left out
+        without a message.
 
     Raises:
         StorageError: There is something else than a file, or it cannot be read.

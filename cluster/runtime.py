@@ -52,8 +52,8 @@ _SYSTEM_SETTINGS = {
     "prestart_worker_first_driver": False,
 }
 """Settings of Ray in a new cluster. Its control service remembers the last 100,000 calls by
-default, 250 MB of them, for its dashboard, which a new cluster does not have. And it would start a
-worker a core before anyone asks for one, for ever unused beyond those that a run needs."""
+default, 250 MB of them, for its dashboard, which a new cluster does not have. It would also start a
+worker for each core in advance; a run uses few of them."""
 _NO_HANDLER_IN_C = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
@@ -144,8 +144,8 @@ def watch_cluster(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterato
     """Watches the two processes of Ray without which this one cannot go on, while it is connected.
 
     They are its control service (GCS), and the raylet of this machine. Ray ends a driver 60 s after
-    the one has gone, and some seconds after the other, without a word of ours. So the sentence has
-    to come before.
+    the one has gone, and some seconds after the other, and this program can write nothing then. So
+    the sentence comes before.
 
     Args:
         tell: Called with one sentence, once, when one has ended, or the service has not answered
@@ -317,7 +317,7 @@ def _children() -> set[int]:
 
 
 def _end(processes: set[int]) -> None:
-    """Ends processes of ours and waits until they are gone."""
+    """Ends processes that this one has started, and waits until they are gone."""
     for number in processes:
         with suppress(OSError):
             os.kill(number, signal.SIGTERM)
@@ -346,7 +346,7 @@ def _connect(address: str, log_to_driver: bool) -> None:
     except OSError as error:
         # Of `auto`, that of the latest cluster here, which may have ended.
         raise type(error)(f"{error} (at {gcs_address})") from error
-    # Ray itself would try for 40 s, or for ever where a cluster listens on loopback alone.
+    # Ray itself would try for 40 s, or without end where a cluster listens on loopback alone.
     token = own_token()
     answer = asked_with(gcs_address, token)
     if answer == "refused":

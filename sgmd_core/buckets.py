@@ -1,7 +1,7 @@
 """Sizes that a run trains at: every iteration takes one of them, drawn by weight.
 
 The draw is counted by the iteration alone, as every other one (`sgmd_core.seeds`): all roles, ranks
-and layouts agree on it without a word, and a resumed run repeats it. All micro-batches of an
+and layouts agree on it without communication, and a resumed run repeats it. All micro-batches of an
 iteration, and all of its updates, have one size.
 """
 

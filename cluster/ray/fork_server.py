@@ -180,7 +180,7 @@ def _serve(listener: socket.socket) -> dict[str, Any] | None:
         if controller in ready:
             return None
         connection, _ = listener.accept()
-        # Others wait meanwhile: a client that has been stopped must not hold them up for ever.
+        # Others wait meanwhile: a client that has been stopped must not hold them up without end.
         connection.settimeout(_REQUEST_TIMEOUT_S)
         streams: list[int] = []
         try:

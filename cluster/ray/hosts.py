@@ -4,7 +4,7 @@
       Host             the inside of one: `cluster.ray.host`
 
 Actors are synchronous and are never restarted and calls never retried by Ray: a restart would lose
-the workers' state without a word, and a retry would run out of order.
+the workers' state silently, and a retry would run out of order.
 """
 
 import weakref

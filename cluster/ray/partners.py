@@ -4,8 +4,8 @@
     alive       it answers a call, or goes on reporting
     undecided   neither within `_PATIENCE_S`: its machine may be gone, or unreachable
 
-An error of a network names nobody. A rank on any machine is asked, and nobody is accused of whom
-nothing is known.
+An error of a network does not say which rank has failed. Ranks on all machines are asked, and no
+rank is named without evidence.
 """
 
 import time
@@ -71,7 +71,7 @@ def dead_partner(
         patience_s: How long to look for signs of life.
 
     Returns:
-        The error of the rank that is gone; one that accuses nobody where that is not known; None
+        The error of the rank that is gone; one that names no rank where that is not known; None
         where all of them live.
     """
     open_ones = dict(partners)

@@ -9,10 +9,10 @@ Limits of a call: until a method has run twice in a process, `first_call_s` (`st
 building); then `slack` times its median, at least `watch_s` and twice the longest so far. A call
 that is part of no iteration, or of a group that waits for storage, has `first_call_s` always.
 
-A process that waits is not accused: a call whose arguments have not arrived is not running at all,
-nobody counts as stuck while another process is silent, and for the rest see
-`cluster.ray.watch_rules`. Of ranks that run collectives among themselves one is accused; the others
-cannot go on without it, and are replaced with it. The stacks of the accused and of its
+A process that waits does not count as stuck: a call whose arguments have not arrived is not
+running, no process counts as stuck while another one is silent, and for the rest see
+`cluster.ray.watch_rules`. Of ranks that run collectives among themselves one is taken for stuck;
+the others cannot go on without it, and are replaced with it. The stacks of this process and of its
 partners are written before it is ended (`ray.kill`, and SIGKILL: a stopped process follows no
 request). The calls that wait for it then fail, with `WorkerFrozenError`.
 
@@ -132,7 +132,7 @@ class _Watch:
             now_s = time.monotonic()
             late_s, last_s = now_s - last_s - REPORT_EVERY_S, now_s
             if late_s > FRESH_S:
-                # This process was stopped itself, perhaps with its machine: nobody is accused.
+                # This process was stopped itself, perhaps with its machine: no other is to blame.
                 self._forgive(late_s)
             try:
                 self._look()

@@ -2,11 +2,11 @@
 
 Of ranks that run collectives among themselves, the one that has entered fewest of them is late. A
 rank that has entered more waits for it, also if the late one is between two calls. Where all have
-entered as many, they hang in the same one: the first is accused, and the cause says that it is
-one of several.
+entered as many, they hang in the same one: the first is taken for stuck, and the cause says that it
+is one of several.
 
-Nobody is accused of whom nothing is known. A silent process whose machine does not answer, or that
-waits in the kernel (for a file server, say), has as long as a first call.
+No process is taken for stuck without evidence. A silent process whose machine does not answer, or
+that waits in the kernel (for a file server, say), has as long as a first call.
 """
 
 from collections.abc import Mapping, Sequence
@@ -114,10 +114,10 @@ def cause_of_silence(one: WatchedProcess, seen: ProcessLook | None, limits: Watc
 
 
 def has_gone_on(one: WatchedProcess, newest: ProgressReport | None, limits: WatchLimits) -> bool:
-    """True if an accused process has reported, or has left the call in which it was stuck.
+    """True if a process taken for stuck has reported, or has left the call in which it was stuck.
 
     Args:
-        one: The process, as it was accused.
+        one: The process, as it was seen before.
         newest: Its report now; None where it has none any more.
         limits: Limits of the watch.
     """

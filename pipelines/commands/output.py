@@ -101,7 +101,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _Heartbeat:
-    """Repeats the latest words while nothing is heard; a context.
+    """Repeats the latest line while no progress is reported; a context.
 
     Args:
         say: Shows a line.
@@ -147,7 +147,7 @@ class _Heartbeat:
 class ProgressLines(_Heartbeat):
     """Lines for a log: work, done and in all, rate, time left.
 
-    As a context it also says what is under way while nothing is heard.
+    As a context it also says what is under way while no progress is reported.
 
     Args:
         console: Where the lines go.
@@ -193,10 +193,10 @@ class ProgressLines(_Heartbeat):
 
 @contextmanager
 def counting() -> Iterator[Counter]:
-    """Shows the latest words about a work: in one line, or every ten seconds where there is none.
+    """Shows the latest progress of a job: in one line of a terminal, or else every ten seconds.
 
-    While nothing is heard, as during a clip that takes long, a line every 30 seconds. The last
-    words are always shown.
+    While none is reported, as during a clip that takes long, a line every 30 seconds. The last
+    one is always shown.
     """
     with working() as console:
         status = console.status("") if console.is_terminal else nullcontext()

@@ -324,7 +324,7 @@ def _held_out(config: DistillConfig) -> tuple[str, ...]:
 
 
 def require_readable(score: str, captions: Sequence[str], attempted: str, setting: str) -> None:
-    """Checks that what shall rank can be measured on clips of these captions.
+    """Checks that a ranking figure can be measured on clips of these captions.
 
     Args:
         score: Name of a figure.

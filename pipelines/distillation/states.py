@@ -240,7 +240,7 @@ class States:
         attempted = f"saving the state of iteration {saving.step}"
         parts: list[dict[str, str] | None] = []
         for role, group, futures in asked:
-            # Copying comes first in every rank's order, and what it raised is to be heard.
+            # Copying comes first in every rank's order, and its errors are to be raised.
             updates = group.fetch(saving.begun[role], timeout_s=timeout_s, attempted=attempted)
             if set(updates) != {self._updates(role, saving)}:
                 expected = f"{self._updates(role, saving)} updates on each rank"

@@ -47,7 +47,7 @@ def _examine(address: str | None, places: list[str], models: list[str]) -> list[
 
         looked = [look_at_model(model) for model in dict.fromkeys(models)]
         return [*examine_machine(), *map(try_storage, places), *looked]
-    # One machine needs no Ray; and a cluster that refuses us is told before torch is loaded.
+    # One machine needs no Ray; and a cluster that refuses is reported before torch is loaded.
     from pipelines.doctoring.connection import examine_cluster
 
     wanted = Wanted(tuple(dict.fromkeys(places)), tuple(dict.fromkeys(models)))

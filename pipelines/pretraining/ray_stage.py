@@ -86,7 +86,7 @@ class _Trainer(TorchTrainer):
 
 
 def _own_error(error: WorkerGroupError) -> SgmdError | None:
-    """The error of ours that made the workers fail, if it was one."""
+    """The error of this program that made the workers fail, if it was one."""
     for failure in error.worker_failures.values():
         cause: BaseException | None = failure
         while cause is not None:

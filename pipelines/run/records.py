@@ -38,7 +38,7 @@ class IterationRecord:
         losses: Loss terms, means over the samples; those that are finite.
         grad_norms: Global gradient norm by role, before clipping, of the updates that were made.
         seconds: Busy seconds by `role.stage`; stages of different roles overlap. Where iterations
-            overlap, those that were heard of since the iteration before.
+            overlap, of the calls reported since the iteration before.
         seconds_total: Wall-clock seconds of the iteration.
         data_wait_s: Of these, seconds spent waiting for captions.
         samples_seen: Captions taken from the stream so far.

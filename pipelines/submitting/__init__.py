@@ -1,1 +1,1 @@
-"""Commands of ours as Ray jobs: `sgmd submit`."""
+"""Commands of sgmd as Ray jobs: `sgmd submit`."""

@@ -1,4 +1,4 @@
-"""Runs a command of ours as a Ray job: `sgmd submit RECIPE --address http://head:8265`.
+"""Runs a command of sgmd as a Ray job: `sgmd submit RECIPE --address http://head:8265`.
 
     request -> checked here, own files found -> package: source tree + files -> job -> its log
 

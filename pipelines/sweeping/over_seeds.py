@@ -20,7 +20,7 @@ class OverSeeds(Searcher):
 
     Args:
         proposer: Proposes points; it sees a point as one trial, that of the first seed.
-        figures: Names of what it hears the means of.
+        figures: Names of the figures whose means it is given.
         seeds: Of the runs of each point.
     """
 

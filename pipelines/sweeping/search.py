@@ -218,7 +218,7 @@ class _Median(MedianStoppingRule):
             self._results[trial] = self._results.pop(known)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ANN401
-        # One that reports goes on, though those that are heard again might have ended it earlier.
+        # One that reports goes on, though an earlier result, reported again, might end it.
         self._stopped_trials.discard(trial)
         return super().on_trial_result(
             tune_controller, trial, _worst_for_nan(result, self._metric, self._mode)

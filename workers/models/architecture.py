@@ -21,7 +21,7 @@ from workers.models.weights import (
     check_weights,
 )
 
-# Far above any released model; keeps a damaged number from building for ever.
+# Far above any released model; keeps a damaged number from building without end.
 _MAX_LAYERS = 1000
 
 

@@ -223,7 +223,7 @@ def _no_model(folder: Path) -> ModelFolderError:
 
 
 def _explained(folder: Path) -> ModelFolderError | None:
-    """Refusal of a folder that holds something else of ours; None where nothing is known of it."""
+    """Refusal of a folder of sgmd that holds something else; None where nothing is known of it."""
     for pattern, found, remedy in _OTHER_FOLDERS:
         if any(folder.glob(pattern)):
             return ModelFolderError(

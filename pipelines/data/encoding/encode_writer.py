@@ -24,7 +24,7 @@ class PartWriter:
         missing: Parts that are to be written.
         encodings: What the rows of each bucket are, by the folder within the set's that takes them.
         max_bad_fraction: How many bad clips are too many.
-        attempted: What an error shall say that we were doing.
+        attempted: Work that an error names.
 
     Attributes:
         num_waiting: Rows that have not come yet.

@@ -51,7 +51,7 @@ class Journal:
         filesystem: The folder's file system.
         root: Its path there.
         settings_path: File that says what its shards are made with.
-        settings: What it shall say.
+        settings: Its content.
 
     Attributes:
         is_bound: That file says so; otherwise it is written with the first part.

@@ -124,7 +124,7 @@ def _begin(max_hang_s: float) -> None:
 
 
 def die_with_parent() -> None:
-    """Ends this process of a pool with its parent, instead of waiting for work for ever."""
+    """Ends this process of a pool with its parent, instead of waiting for work without end."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "this runs in the processes of a pool"
 

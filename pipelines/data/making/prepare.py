@@ -281,7 +281,7 @@ class _Filler:
     Args:
         journal: What is there already, and where the shards go.
         options: When a shard is full, and how many bad clips are too many.
-        attempted: What an error shall say that we were doing.
+        attempted: Work that an error names.
         schema: Of clips, or of captions alone.
     """
 

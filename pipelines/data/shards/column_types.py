@@ -1,4 +1,4 @@
-"""Types of stored columns: which of them fit a column of ours, and their values as ours."""
+"""Types of stored columns: those that fit a column of the format, and their values in its type."""
 
 from typing import Any
 from uuid import UUID

@@ -146,10 +146,10 @@ class ColumnMap:
         return printable("; ".join(self._found(all_of_them=False)))
 
     def in_full(self, names: Sequence[str]) -> str:
-        """One line that names the column of each of ours, and what is left of a shard's columns.
+        """One line that names the source of each column, and the unused columns of a shard.
 
         Args:
-            names: All columns of the shard. Where they are exactly our own the line is empty.
+            names: All columns of the shard. Where they are those of the format the line is empty.
         """
         others = [name for name in dict.fromkeys(names) if name not in self.sources]
         if not self.in_words() and not others:

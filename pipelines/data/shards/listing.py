@@ -142,7 +142,7 @@ def _s3_entries(
 
 
 def other_files(filesystem: AbstractFileSystem, root: str) -> Iterator[str]:
-    """Paths of a folder's files that are neither shards nor notes of ours or of a tool.
+    """Paths of a folder's files that are neither shards nor notes of this program or of a tool.
 
     Raises:
         DataError: The folder cannot be listed.

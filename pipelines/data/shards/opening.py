@@ -13,7 +13,7 @@ def open_parquet(
 ) -> pq.ParquetFile:
     """A Parquet file that is read by the thread that asks, if that also says `use_threads=False`.
 
-    Reading ahead, Arrow's default, is done by a thread of its own that lets go of the file a moment
+    Reading ahead, Arrow's default, is done by a thread of its own that closes the file a moment
     after the reader has its rows. Where the file is Python's and the process ends in that moment,
     it ends with SIGABRT (apache/arrow#34314).
 

@@ -74,7 +74,7 @@ def write_stored_prompts(filesystem: AbstractFileSystem, root: str, prompts: Sto
     Args:
         filesystem: The folder's file system.
         root: The folder's path in it.
-        prompts: All that the file shall hold.
+        prompts: The whole content.
 
     Raises:
         DataError: The store refuses it, or there are more than are read back.

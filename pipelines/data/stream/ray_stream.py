@@ -7,9 +7,9 @@ is cut into executions, each four times as long as the one before and started so
 that one ends: the first batch waits for few footers, and a long run is a handful of executions. The
 first one starts at once, beside whatever else a run has to load.
 
-Blocks that are read and not yet taken stay within a share of the object store. A fault of ours
-travels as a line and is raised here, with its own type. Every window says how many lines it has and
-which number, so a block that Ray loses, repeats or moves would stop the run.
+Blocks that are read and not yet taken stay within a share of the object store. An error of
+this program travels as a line and is raised here, with its own type. Every window says how many
+lines it has and which number, so a block that Ray loses, repeats or moves would stop the run.
 """
 
 import json
