@@ -2,22 +2,16 @@
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
 
-from pipelines.data.shards.schema import Encoding, encoded_schema
-from pipelines.data.shards.values import pack_tensor, pack_text
 from pipelines.distillation.run import distill, dry_run
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import ConfigError, SgmdError
 from tests.e2e.conftest import MakeRecipe
-from tests.e2e.test_equivalence import drop_checkpoint, history, moments, state
+from tests.e2e.latents import resume_with_latents, write_encoded
+from tests.e2e.test_equivalence import history, moments, state
 from tests.helpers import tiny_wan
 from tests.helpers.moves import assert_moves
-from workers.models.content import fingerprint
-from workers.models.wan_configs import LAYOUT
 
 GAN = [
     "fake_score.tracking=fresh",
@@ -26,30 +20,6 @@ GAN = [
     "iterations=4",
 ]
 ADM = ["objective.method=adm", "discriminator={layers: [2], width: 8, num_strides: 1}"]
-
-
-def write_encoded(folder: Path, wan: Path, seed: int, **changes: object) -> Path:
-    """A shard with latents of the tiny Wan's size, and embeddings of no known text encoder."""
-    facts: dict[str, object] = {
-        "latent_shape": tiny_wan.LATENT_SHAPE,
-        "text_shape": (tiny_wan.TEXT_LENGTH, 8),
-        "dtype": "float32",
-        "vae": fingerprint(wan, [LAYOUT.autoencoder]),
-        "text_encoder": "another",
-    }
-    encoding = Encoding(**{**facts, **changes})  # type: ignore[arg-type]
-    stream = torch.Generator().manual_seed(seed)
-    latents = torch.randn(32, *encoding.latent_shape, generator=stream)
-    columns = {
-        "sample_id": [f"clip-{row}" for row in range(32)],
-        "caption": ["a red circle moves left"] * 32,
-        "latents": [pack_tensor(value, "float32") for value in latents],
-        "text_embeds": [pack_text(torch.ones(tiny_wan.TEXT_LENGTH, 8), "float32")] * 32,
-    }
-    folder.mkdir(exist_ok=True)
-    table = pa.table(columns, schema=encoded_schema(encoding))
-    pq.write_table(table, folder / "one.parquet", row_group_size=8)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +37,7 @@ def test_latents_of_the_data_reach_the_discriminator_and_a_resumed_run_keeps_its
     planned = dry_run(whole)
     assert (planned["data_latents"], planned["stored_text"]) == (True, False)
     assert planned["processes"]["discriminator"] == 1
-    distill(whole)
-    other = make_recipe("name=other", *settings, f"data.train={data[1]}")
-    distill(other)
-    assert_moves(moments(whole, 4), moments(other, 4))
-    distill(make_recipe("name=parts", *settings, "iterations=3"))
-    parts = make_recipe("name=parts", *settings)
-    drop_checkpoint(parts, 3)
-    distill(parts, resume=True)
-    assert history(parts) == history(whole)
-    assert state(parts, 4) == state(whole, 4)
+    resume_with_latents(make_recipe, settings, data[1])
     # The same ids, captions and sizes; only the latents are others.
     encoded_anew = make_recipe("name=parts", *settings, f"data.train={data[1]}", "iterations=5")
     with pytest.raises(SgmdError, match="has latents of content"):

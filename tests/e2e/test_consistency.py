@@ -9,8 +9,8 @@ from pipelines.distillation.run import distill, dry_run
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
-from tests.e2e.test_adversarial import write_encoded
-from tests.e2e.test_equivalence import drop_checkpoint, history, moments, state
+from tests.e2e.latents import resume_with_latents, write_encoded
+from tests.e2e.test_equivalence import history, moments, state
 from tests.helpers.moves import assert_moves
 
 RCM = [
@@ -42,16 +42,7 @@ def test_a_run_learns_from_data_and_a_resumed_one_keeps_its_bits(
     ]
     whole = make_recipe("name=whole", *settings)
     assert dry_run(whole)["data_latents"] is True
-    distill(whole)
-    other = make_recipe("name=other", *settings, f"data.train={data[1]}")
-    distill(other)
-    assert_moves(moments(whole, 4), moments(other, 4))
-    distill(make_recipe("name=parts", *settings, "iterations=3"))
-    parts = make_recipe("name=parts", *settings)
-    drop_checkpoint(parts, 3)
-    distill(parts, resume=True)
-    assert history(parts) == history(whole)
-    assert state(parts, 4) == state(whole, 4)
+    resume_with_latents(make_recipe, settings, data[1])
     lines = read_jsonl(RunFolder(whole.run_folder).metrics)
     assert all({"consistency", "tangent_norm", "tracking"} <= set(each["losses"]) for each in lines)
     matching = [each["losses"].get("generator") for each in lines]

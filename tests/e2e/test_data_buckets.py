@@ -28,7 +28,8 @@ from pipelines.pretraining.data import open_clips
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import ConfigError, DataError
 from tests.e2e.conftest import MakeRecipe
-from tests.e2e.test_adversarial import GAN, write_encoded
+from tests.e2e.latents import write_encoded
+from tests.e2e.test_adversarial import GAN
 from tests.e2e.test_buckets import OWN, SEED, SIZES, labels
 from tests.e2e.test_consistency import RCM
 from tests.e2e.test_equivalence import drop_checkpoint, history, moments, state

@@ -11,7 +11,7 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.transition import make_transition
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
-from tests.e2e.test_adversarial import write_encoded
+from tests.e2e.latents import write_encoded
 from tests.e2e.test_equivalence import drop_checkpoint, history, moments, state
 from tests.helpers.moves import assert_moves
 from workers.models.families import family_of

@@ -22,7 +22,8 @@ from pipelines.run.folder import RunFolder
 from pipelines.study.judging import require_measurable
 from sgmd_core.errors import CheckpointError, ConfigError, ModelFolderError
 from tests.e2e.conftest import MakeRecipe
-from tests.e2e.test_adversarial import GAN, write_encoded
+from tests.e2e.latents import write_encoded
+from tests.e2e.test_adversarial import GAN
 from tests.e2e.test_equivalence import history, moments, state
 from tests.e2e.test_without_text_encoder import PROMPT, Notes
 from tests.helpers import tiny_ltx
