@@ -144,8 +144,9 @@ def _placed(
     lent: bool,
 ) -> "Placement":
     """Starts or joins Ray, and reserves what the pools ask for, until the stack is closed."""
+    from cluster.connection_watch import watch_cluster
     from cluster.ray.topology import Placement, reserve
-    from cluster.runtime import start_ray, watch_cluster
+    from cluster.runtime import start_ray
     from pipelines.distillation.placed_memory import require_placed
 
     pools = own_pools_of(config) if lent else pools_of(config)

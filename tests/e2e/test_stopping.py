@@ -166,7 +166,8 @@ LOST = """
 import os, signal, subprocess, sys, time
 from contextlib import suppress
 import psutil
-from cluster.runtime import start_ray, watch_cluster
+from cluster.connection_watch import watch_cluster
+from cluster.runtime import start_ray
 
 heard = []
 with start_ray(num_cpus=1):
