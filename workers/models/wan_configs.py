@@ -46,7 +46,6 @@ TRANSITION_CLASSES = {TRANSFORMER: ["workers", "WanTransitionBackbone"]}
 """Of the index of a folder with a flow head. `WanPipeline` looks at neither the class of a pipeline
 nor a component more, but it cannot make one of this class: it would sample the backbone alone."""
 _TOKENIZER_LIBRARY = "transformers"
-_CONVERT = "https://github.com/huggingface/diffusers/blob/main/scripts/convert_wan_to_diffusers.py"
 # What another kind of model is for, so that the sentence says why it cannot be distilled.
 OTHER_PIPELINES = {
     "WanImageToVideoPipeline": "an image-to-video model",
@@ -226,7 +225,8 @@ def refuse_original_release(folder: Path) -> ModelFolderError | None:
         _loading(folder),
         f"no {INDEX_FILE}, but files of the original release or of one component alone",
         f"{INDEX_FILE} beside the folders {', '.join(_CLASSES)}, tokenizer and scheduler",
-        f"Download the repository whose name ends in -Diffusers, or convert it: {_CONVERT}",
+        "Download the repository whose name ends in -Diffusers, or take the denoiser's file into "
+        "a copy of that: sgmd import FILE DST --base FOLDER",
     )
 
 
