@@ -50,7 +50,7 @@ def parse_override(text: str) -> Override:
     """Reads `a.b=c`; what stands after the equals sign is YAML.
 
     Raises:
-        ConfigError: There is no key, no equals sign, or no YAML after it.
+        ConfigError: There is no key, no equals sign, no YAML after it, or a comment of YAML.
     """
     attempted, remedy = (
         f"reading the override {shortened(repr(text))}",
@@ -61,10 +61,21 @@ def parse_override(text: str) -> Override:
     if not equals or not all(key) or len(key) > MAX_DEPTH:
         raise ConfigError(attempted, "no KEY=VALUE", "a dotted key, =, and a value", remedy)
     try:
-        return Override(key, read_yaml(value))
+        read, comment = read_yaml(value), _comment(value)
     except yaml.YAMLError as error:
         found = f"{shortened(repr(value))} after the equals sign ({yaml_problem(error)})"
         raise ConfigError(attempted, found, "a YAML value", remedy) from error
+    if comment:
+        found = f"a comment of YAML, which is left out: {shortened(repr(comment))}"
+        remedy = "Put a value with a # in quotes inside the shell's: 'name=\"a #1\"'"
+        raise ConfigError(attempted, found, "a value that is used as a whole", remedy)
+    return Override(key, read)
+
+
+def _comment(text: str) -> str:
+    """What follows the last token of YAML: nobody means a comment in a single setting."""
+    tokens = [token for token in yaml.scan(text) if not isinstance(token, yaml.StreamEndToken)]
+    return text[tokens[-1].end_mark.index :].strip()
 
 
 def require_single(overrides: Sequence[Override], attempted: str) -> None:

@@ -88,6 +88,14 @@ class TestOverrides:
         with pytest.raises(ConfigError, match=r"For example objective\.lambda_nr=0\.05"):
             parse_override(text)
 
+    def test_a_comment_that_would_cut_a_value_off_is_refused(self):
+        for text in ("name=a #1", "name=#1", "a.b=[1, 2] # two"):
+            with pytest.raises(ConfigError, match=r"a comment of YAML.*#"):
+                parse_override(text)
+        assert parse_override('name="a #1"').value == "a #1"
+        assert parse_override("data.train=s3://b/p#1").value == "s3://b/p#1"
+        assert parse_override("name=").value is None
+
     def test_later_overrides_win_and_the_settings_stay_as_they_are(self):
         before = {"a": {"b": 1, "c": 2}}
         after = apply_overrides(before, [parse_override("a.b=3"), parse_override("a.b=4")])
