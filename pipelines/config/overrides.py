@@ -73,7 +73,7 @@ def parse_override(text: str) -> Override:
 
 
 def _comment(text: str) -> str:
-    """What follows the last token of YAML: nobody means a comment in a single setting."""
+    """Text after the last token of YAML: nobody means a comment in a single setting."""
     tokens = [token for token in yaml.scan(text) if not isinstance(token, yaml.StreamEndToken)]
     return text[tokens[-1].end_mark.index :].strip()
 
