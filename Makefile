@@ -77,7 +77,7 @@ test-failed: $(READY)  ## Run the tests again that failed last, one at a time
 
 # What starts no Ray waits less, and each process reads all tests once.
 test-quick: TEST_JOBS = $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
-test-quick: $(READY)  ## Run the tests that start no Ray and take about a fifth of a second or less
+test-quick: $(READY)  ## Run the tests that start no Ray and take about a tenth of a second or less
 	$(BIN)/python -m pytest $(SHAPES) $(JOBS) -m "not gpu and not ray and not slow" $(PYTEST_FLAGS)
 
 # Without .venv: the machine with the GPU has a torch of its own, and perhaps no network.

@@ -123,6 +123,7 @@ def test_three_iterations_update_both_networks_as_fresh_tracking_does(
         assert relative_error(found, expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_an_iteration_makes_the_twelve_forward_passes_of_theirs(
     texts: list[TextBatch], negative: Tensor
 ) -> None:

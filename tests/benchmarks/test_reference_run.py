@@ -85,6 +85,7 @@ def test_a_run_is_told_from_the_record_by_settings_rounding_and_range(
     assert "other settings than the record's: objective.lambda_nr" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runs_of_different_settings_make_no_record(
     make_run: MakeRun, benchmark: ModuleType, tmp_path: Path
 ) -> None:

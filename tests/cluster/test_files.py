@@ -108,6 +108,7 @@ def test_a_full_disk_leaves_the_old_folder_and_no_draft(tmp_path):
     assert names_in(tmp_path) == ["folder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_killed_writer_leaves_the_old_version(kind, tmp_path):
     target = tmp_path / "target"
@@ -120,6 +121,7 @@ def test_a_killed_writer_leaves_the_old_version(kind, tmp_path):
     assert (target if kind == "file" else target / "a").read_text() == "old"
 
 
+@pytest.mark.slow
 def test_the_draft_of_a_killed_writer_goes_away_with_the_next_folder(tmp_path):
     target = tmp_path / "target"
     subprocess.run([sys.executable, "-c", _DIE_HALF_WAY, "folder", str(target)])

@@ -82,6 +82,7 @@ class TestReplacedFolders:
 
 
 class TestDisk:
+    @pytest.mark.slow
     def test_a_second_process_is_refused_and_told_who_holds_the_folder(self, tmp_path, holder):
         with pytest.raises(LeaseError) as caught, hold(str(tmp_path), "another test"):
             pass
@@ -89,6 +90,7 @@ class TestDisk:
         assert f"process {holder.pid}" in text
         assert ": a test" in text
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
     def test_a_folder_is_free_as_soon_as_its_holder_is_dead(self, tmp_path, holder, number):
         holder.send_signal(number)
@@ -96,6 +98,7 @@ class TestDisk:
         with hold(str(tmp_path), "another test"):
             assert json.loads((tmp_path / LEASE_FILE).read_text())["pid"] == os.getpid()
 
+    @pytest.mark.slow
     def test_a_holder_that_is_paused_keeps_the_folder(self, tmp_path, holder):
         holder.send_signal(signal.SIGSTOP)
         with pytest.raises(LeaseError), hold(str(tmp_path), "another test"):
@@ -330,6 +333,7 @@ def go_on(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
+@pytest.mark.slow
 def test_a_store_that_accepts_and_never_answers_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(leases, "_ANSWER_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -94,6 +94,7 @@ def test_a_checkpoint_that_breaks_off_in_the_middle_is_given_up_within_the_budge
         load_role("s3://runs/stalled", "generator")
 
 
+@pytest.mark.slow
 def test_an_endpoint_without_a_scheme_serves_the_folders_of_runs_too(
     through: Callable[..., ProxyBook], server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

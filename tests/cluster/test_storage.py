@@ -25,6 +25,7 @@ def test_a_file_is_replaced_as_a_whole(root):
     assert len(files.ls(path)) == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_says_so(root):
     with pytest.raises(StorageError, match=r"reading .*absent\.json: FileNotFoundError"):
         read_json(f"{root}/absent.json")
@@ -39,6 +40,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         read_json(f"{tmp_path}/identity.json")
 
 
+@pytest.mark.slow
 def test_a_missing_bucket_is_an_error_and_stays_missing(s3_bucket):
     with pytest.raises(StorageError, match="bucket exists"):
         write_text("s3://elsewhere/run/config.yaml", "x")

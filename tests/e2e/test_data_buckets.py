@@ -115,6 +115,7 @@ def test_roles_on_ray_make_the_bits_of_one_process_with_latents_of_several_sizes
 
 
 class TestChecks:
+    @pytest.mark.slow
     def test_a_size_that_the_data_lack_is_refused_with_the_command_that_makes_it(
         self, make_recipe: MakeRecipe, sized: list[Path], wan_folder: Path, tmp_path: Path
     ):
@@ -157,6 +158,7 @@ class TestChecks:
         assert report.buckets == {label(size): 32 for size in TRAINED}
         assert not [each for each in report.problems if "encodings" in each]
 
+    @pytest.mark.slow
     def test_a_size_that_is_none_or_beside_one_of_all_clips_is_refused(self, tmp_path: Path):
         for options, words in (
             (["--bucket", "16x16"], "height x width x frames"),

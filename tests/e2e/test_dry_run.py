@@ -102,6 +102,7 @@ class TestTracker:
                 attempt(config)
         assert not config.run_folder.exists()
 
+    @pytest.mark.slow
     def test_a_key_of_the_environment_or_of_netrc_is_found(
         self, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -198,6 +198,7 @@ def test_embeddings_that_do_not_fit_the_recipe_are_computed_anew(
     assert dry_run(make_recipe(f"data.train={encoded}", override))["stored_text"] is False
 
 
+@pytest.mark.slow
 def test_embeddings_of_another_text_encoder_are_computed_anew(
     make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
 ) -> None:

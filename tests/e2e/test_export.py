@@ -374,6 +374,7 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="sha256"):
             export(copy, output=tmp_path / "x")
 
+    @pytest.mark.slow
     def test_a_base_of_another_size_or_family_is_named(self, run, experts, tmp_path):
         wide = write_tiny_wan22_5b(tmp_path / "wide", PROMPT.split())
         for base, words in ((wide, r"32, 4, .*32, 48, "), (experts[0], "not there in what")):
@@ -413,6 +414,7 @@ class TestRefusals:
             assert f"distilled from {shown} by" in card
             assert "evil" not in card
 
+    @pytest.mark.slow
     def test_a_file_that_diffusers_takes_in_part_is_not_handed_over(
         self, run, tmp_path, monkeypatch
     ):

@@ -45,6 +45,7 @@ def run(config: DistillConfig) -> RunFolder:
     return RunFolder(config.run_folder)
 
 
+@pytest.mark.slow
 def test_two_iterations_train_it_and_export_a_folder_of_its_family(run, toy_folder):
     records = read_jsonl(run.metrics)
     assert [record["iteration"] for record in records] == [0, 1]

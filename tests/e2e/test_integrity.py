@@ -219,6 +219,7 @@ def test_a_broken_line_of_a_log_is_named_and_the_run_goes_on(
     write_report([run.root], tmp_path / "report.html")
 
 
+@pytest.mark.slow
 def test_a_quarantine_that_cannot_be_read_says_what_to_do(
     stopped: DistillConfig, tmp_path: Path
 ) -> None:

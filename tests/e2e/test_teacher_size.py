@@ -142,6 +142,7 @@ def test_a_teacher_of_other_latents_text_or_schedule_is_refused(
         dry_run(make_recipe(f"teacher.model={folder}"))
 
 
+@pytest.mark.slow
 def test_weights_are_not_mixed_into_a_fake_score_of_another_size(
     make_recipe: MakeRecipe, wide: Path
 ) -> None:

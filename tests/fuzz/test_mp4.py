@@ -63,6 +63,7 @@ def _transcode(data: bytes) -> None:
     assert read_facts(video).num_frames == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mp4", pytest.param("webm", marks=pytest.mark.slow)])
 def test_a_damaged_video_gives_the_wanted_clip_or_a_fault(kind):
     codec = "libx264" if kind == "mp4" else "libvpx-vp9"

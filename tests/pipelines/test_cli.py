@@ -85,6 +85,7 @@ class TestRecipes:
         assert again.exit_code == 2
         assert "is there already" in again.stderr
 
+    @pytest.mark.slow
     def test_the_schema_is_json(self):
         schema = json.loads(sgmd("recipes", "schema").stdout)
         assert "objective" in schema["properties"]
@@ -205,5 +206,6 @@ class TestBench:
         assert result.exit_code == 2
         assert "orchestration" in result.stderr
 
+    @pytest.mark.slow
     def test_a_benchmark_gets_its_own_options_and_its_exit_code_is_passed_on(self):
         assert sgmd("bench", "gpu_check", "--", "--no-such-option").exit_code == 2

@@ -30,6 +30,7 @@ def pair(base: Path) -> Path:
     return make_experts(base, base.parent / "pair", 0.825)
 
 
+@pytest.mark.slow
 def test_two_equal_experts_sample_what_the_one_denoiser_samples(base: Path, pair: Path) -> None:
     one, two = (family_of(folder).load_denoiser(folder) for folder in (base, pair))
     assert isinstance(two, ExpertDenoiser)
@@ -43,6 +44,7 @@ def test_two_equal_experts_sample_what_the_one_denoiser_samples(base: Path, pair
     require_same_weights(pair)
 
 
+@pytest.mark.slow
 def test_a_pair_gets_another_boundary_and_keeps_its_experts(pair: Path, tmp_path: Path) -> None:
     other = make_experts(pair, tmp_path / "other", 0.6, "copy")
     assert json.loads((other / "model_index.json").read_text())["boundary_ratio"] == 0.6

@@ -72,6 +72,7 @@ def frames_of(model: Path, output: Path, prompts=(PROMPT,), **settings) -> np.nd
 
 
 class TestFiles:
+    @pytest.mark.slow
     def test_the_mp4_has_the_frames_the_rate_and_the_enlarged_size(self, model, tmp_path):
         (clip,) = generate(model, [PROMPT], output=tmp_path, formats=["mp4"])
         (path,) = clip.paths
@@ -82,6 +83,7 @@ class TestFiles:
             assert stream.average_rate == Fraction(FPS)
         assert decode_video(path.read_bytes()).shape == (NUM_FRAMES, 256, 256, 3)
 
+    @pytest.mark.slow
     def test_the_mp4_shows_the_frames(self, model, tmp_path):
         (clip,) = generate(model, [PROMPT], output=tmp_path, formats=["mp4"], zoom=8)
         shown = decode_video(clip.paths[0].read_bytes())[:, 4::8, 4::8].astype(float)
@@ -96,6 +98,7 @@ class TestFiles:
             # Frames that equal the one before are merged into it.
             assert 1 < gif.n_frames <= NUM_FRAMES
 
+    @pytest.mark.slow
     def test_names_tell_prompt_and_seed(self, model, tmp_path):
         (clip,) = generate(model, ["A red, red circle!"], output=tmp_path, seed=3, zoom=1)
         assert [path.name for path in clip.paths] == [
@@ -123,6 +126,7 @@ class TestFiles:
         assert np.array_equal(clips[3].frames, alone)
         assert not np.array_equal(clips[2].frames, alone)
 
+    @pytest.mark.slow
     def test_words_that_the_tokenizer_does_not_know_are_said(self, model, tmp_path, monkeypatch):
         warnings = record_warnings("pipelines.generate", monkeypatch)
         generate(model, [PROMPT], output=tmp_path)

@@ -71,6 +71,7 @@ def test_a_file_of_other_names_has_the_bits_of_the_folder_it_came_from(
     assert words in " ".join(said.output.split())
 
 
+@pytest.mark.slow
 def test_a_shorter_prefix_is_read_in_8_bits_too_and_a_weight_under_two_prefixes_is_refused(
     base: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_a_pickled_file_is_never_opened_and_a_component_of_other_names_is_told_t
         family_of(folder).inspect(folder)
 
 
+@pytest.mark.slow
 def test_no_folder_of_something_else_is_replaced_and_components_are_checked(
     base: Path, trained: Path, tmp_path: Path
 ) -> None:

@@ -159,6 +159,7 @@ def test_a_clip_depends_on_seed_split_and_index_alone() -> None:
         assert not np.array_equal(other[0], alone[0])
 
 
+@pytest.mark.slow
 def test_held_out_captions_never_occur_in_training_but_all_their_words_do() -> None:
     said: dict[ClipSplit, set[tuple[int, ...]]] = {}
     words: dict[ClipSplit, set[str]] = {}

@@ -37,6 +37,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(family_of(folder).load_denoiser(folder).state_dict())
 
 
+@pytest.mark.slow
 def test_files_are_merged_with_their_strengths_and_the_rest_is_the_base(base, tmp_path) -> None:
     first, second = lora(tmp_path / "a.safetensors"), lora(tmp_path / "b@2.safetensors", 1)
     texts = [f"{tmp_path}/a.safetensors@-0.5", f"{tmp_path}/b@2.safetensors"]

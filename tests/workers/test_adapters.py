@@ -144,6 +144,7 @@ def adapted_roles(
 
 
 class TestFunction:
+    @pytest.mark.slow
     def test_at_first_a_role_is_the_base_to_the_last_bit(self, folder):
         base = shared_base(folder, torch.float32, CPU)
         assert torch.equal(adapted(folder)(*inputs()), base(*inputs()))
@@ -152,6 +153,7 @@ class TestFunction:
         base = shared_base(folder, torch.float32, CPU)
         assert_moved(with_drawn_adapters(adapted(folder))(*inputs()), base(*inputs()))
 
+    @pytest.mark.slow
     def test_its_first_weights_are_drawn_by_seed_and_role(self, folder):
         first, again = weights(adapted(folder)), weights(adapted(folder))
         other = weights(adapted(folder, "fake_score"))
@@ -169,6 +171,7 @@ class TestFunction:
         assert {value.dtype for value in trained.values()} == {torch.float32}
         assert network.blocks[0].attn1.to_q.base_layer.weight.dtype == torch.bfloat16
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     def test_a_base_of_bfloat16_gives_nearly_the_prediction_of_float32(self, folder, precision):
         exact = with_drawn_adapters(adapted(folder))
@@ -196,6 +199,7 @@ class TestTargets:
 
 
 class TestGradient:
+    @pytest.mark.slow
     def test_it_follows_from_that_of_full_weights_by_the_chain_rule(self, folder):
         """dA = s B' dW and dB = s dW A', where dW is the gradient of the merged weight."""
         network = with_drawn_adapters(adapted(folder))
@@ -292,6 +296,7 @@ class TestCrossTalk:
         assert_moved(roles.networks[changed](*inputs()), own[0])
         assert torch.equal(roles.networks[asked](*inputs()), own[1])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("first", ["generator", "fake_score"])
     def test_a_graph_is_made_again_under_its_own_adapters_whoever_has_worked_since(
         self, folder, first

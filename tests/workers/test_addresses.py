@@ -42,6 +42,7 @@ def cached(model: Path, cache: Path, name: str) -> Path:
     return snapshot
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_hubs_cache_means_the_snapshot_of_its_main_branch(model, tmp_path):
     cache = tmp_path / "models--Wan-AI--X"
     old = cached(model, cache, "old")

@@ -94,6 +94,7 @@ def test_large_clips_are_sampled_one_by_one_and_small_ones_side_by_side():
     assert [clips_side_by_side(16, tokens) for tokens in (64, 2048, 32760, 75600)] == [16, 16, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weights", "most"), [("bf16", 0.03), ("fp8", 0.15)])
 def test_a_frozen_teacher_in_few_bits_differs_by_their_rounding_and_has_an_input_gradient(
     model, weights, most

@@ -51,6 +51,7 @@ def plain() -> dict[str, dict[str, Tensor]]:
     return gradients_of(tiny_roles(), ComputeSettings())
 
 
+@pytest.mark.slow
 def test_the_gradients_compared_here_depend_on_what_is_computed(plain):
     # Other noise and captions for the same weights; compiled layers may differ by 1e-4.
     other = gradients_of(tiny_roles(), ComputeSettings(), ((4, 5), (6, 7)))
@@ -128,6 +129,7 @@ def test_checkpointing_keeps_fewer_activations():
     assert kept[1] < kept[0] / 2
 
 
+@pytest.mark.slow
 def test_bf16_rounds_products_and_leaves_weights_and_gradients_in_float32(plain):
     roles = tiny_roles()
     before = {role: weights(network) for role, network in roles.networks.items()}
@@ -151,6 +153,7 @@ class TestAttention:
             calls.append(counted.calls)
         assert calls == [0, 2 * len(other.blocks)]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("checkpointing", [False, True, "offload"])
     def test_another_kernel_changes_the_rounding_of_both_losses_alone(self, plain, checkpointing):
         settings = ComputeSettings(checkpointing=checkpointing, attention="_native_math")

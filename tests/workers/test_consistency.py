@@ -60,6 +60,7 @@ def whole():
     return gradients_of()
 
 
+@pytest.mark.slow
 def test_its_gradient_is_that_of_the_wrapped_networks_own_derivative(whole):
     network = tiny_velocity(1)
     query, teacher = asked(learner(network))
@@ -86,6 +87,7 @@ def test_its_gradient_is_that_of_the_wrapped_networks_own_derivative(whole):
     assert relative_error(whole, expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up_to_it(whole):
     parts = gradients_of(((0, 1), (2, 3)))
     assert_moves(whole, gradients_of(((0, 1), (0, 1))), 1e-5)

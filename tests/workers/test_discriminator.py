@@ -177,6 +177,7 @@ def plain_step(world: World, samples: tuple[int, ...]) -> None:
     objective.tracking_loss(still, velocity).value.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [ADM, GAN], ids=["adm", "gan"])
 def test_split_gradients_equal_those_of_one_plain_step(objective):
     split, plain, other = World(objective), World(objective), World(objective)
@@ -215,6 +216,7 @@ def test_a_fake_score_that_predicts_as_the_teacher_leaves_the_hinge_at_two():
         assert signal.metrics["logit_gap"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [ADM, GAN], ids=["adm", "gan"])
 @pytest.mark.parametrize("batches", [[(0, 1), (2, 3)], [(0,), (1, 2, 3)]])
 def test_gradients_of_micro_batches_add_up_to_those_of_one_batch(objective, batches):
@@ -228,6 +230,7 @@ def test_gradients_of_micro_batches_add_up_to_those_of_one_batch(objective, batc
         assert relative_error(gradients(parts.networks[role]), expected) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_shared_tracking_gathers_the_bits_of_a_forward_pass_of_its_own():
     shared, fresh = World(ADM), World(ADM, "fresh")
     for world in (shared, fresh):
@@ -271,6 +274,7 @@ def test_heads_that_see_the_same_samples_again_learn_to_tell_them_apart(objectiv
     assert found.metrics["logit_gap"] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [True, "selective", "offload"])
 def test_features_made_again_teach_the_same_bits(mode):
     plain, again = World(ADM), World(ADM)
@@ -281,6 +285,7 @@ def test_features_made_again_teach_the_same_bits(mode):
         assert same_bits(gradients(network), gradients(again.networks[role]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracking", ["shared", "fresh"])
 @pytest.mark.parametrize("mode", [True, "selective", "offload"])
 def test_a_fake_score_that_is_made_again_completes_the_same_bits(mode, tracking):

@@ -293,6 +293,7 @@ def test_diversity_is_how_far_the_two_clips_of_a_caption_are_apart():
     assert figures["diversity_ratio"] > 0
 
 
+@pytest.mark.slow
 def test_a_generator_that_is_its_teacher_keeps_everything_and_is_on_the_floor():
     evaluator = _evaluator(seed=3)
     request = _request(sampling=Sampling(3, 2.0, seed=1))
@@ -357,6 +358,7 @@ def test_sampling_keeps_the_network_frozen():
     assert not any(value.requires_grad for value in evaluator._network.parameters())
 
 
+@pytest.mark.slow
 def test_an_evaluator_samples_by_the_schedule_that_it_is_given():
     """A study measures each generator by the schedule of its own run."""
     own, other = _evaluator(), _evaluator()

@@ -121,6 +121,7 @@ def test_a_lora_of_full_rank_gives_the_matrices_back(base, tmp_path, form) -> No
     assert all(torch.equal(read[name], before[name]) for name in others)
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_diffusers_takes_the_lora_as_its_users_load_it(base, tmp_path) -> None:
     pipeline = WanPipeline.from_pretrained(base)
     before = {k: v.clone() for k, v in pipeline.transformer.state_dict().items()}

@@ -39,6 +39,7 @@ def inputs(num: int = len(SIGMA)) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(num, *LATENT_SHAPE, generator=drawn), text
 
 
+@pytest.mark.slow
 def test_a_sample_passes_through_the_expert_that_the_pipeline_would_ask(
     folder: Path, pair: ExpertDenoiser
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_sample_passes_through_the_expert_that_the_pipeline_would_ask(
             assert (wrong - expected).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "idle"), [(0.8, "low."), (0.3, "high.")])
 def test_an_expert_without_a_sample_stays_as_it_is_and_a_state_of_it_goes_on(
     folder: Path, pair: ExpertDenoiser, sigma: float, idle: str

@@ -50,6 +50,7 @@ def test_a_run_goes_on_as_if_they_had_not_been_made(name: str, tracking: str):
     assert same_bits(all_weights(measured), all_weights(calm))
 
 
+@pytest.mark.slow
 def test_they_lower_the_loss_of_held_samples_and_are_measured_without_a_gradient():
     roles = tiny_roles(lr=1e-3)
     held = roles.generator.sample(key_of(0, 99, Purpose.LAG), text_batch((100, 101)))

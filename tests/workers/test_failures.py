@@ -256,6 +256,7 @@ def test_only_a_sample_that_both_scores_reproduce_has_no_direction():
     assert not any(row.isfinite().all() for row in direction[1:])
 
 
+@pytest.mark.slow
 @TRACKING
 def test_after_a_non_finite_iteration_the_roles_can_go_on(tracking):
     roles, undisturbed = tiny_roles(tracking), tiny_roles(tracking)

@@ -60,6 +60,7 @@ def whole():
     return gradients_of()
 
 
+@pytest.mark.slow
 def test_its_gradient_is_that_of_the_heads_exact_derivative(whole):
     """A forward-mode derivative in (y_s, s), with the backbone's tokens held."""
     network = trained().requires_grad_(True)
@@ -85,6 +86,7 @@ def test_its_gradient_is_that_of_the_heads_exact_derivative(whole):
     assert relative_error(whole, gradients(network)) < 5e-3
 
 
+@pytest.mark.slow
 def test_guided_strides_go_along_the_guided_velocity(whole):
     """v = w (y_1 - y) + (1 - w) u at once under the negative prompt; the derivative along it."""
     network = trained().requires_grad_(True)

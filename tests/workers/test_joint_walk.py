@@ -78,6 +78,7 @@ def test_three_iterations_of_both_players_have_the_same_bits():
     assert_every_tensor_moves(before, weights(players[0].networks["fake_score"]))
 
 
+@pytest.mark.slow
 def test_each_cotangent_moves_its_own_gradient_and_no_other():
     found = []
     for generator, tracking in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5)):

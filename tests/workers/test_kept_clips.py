@@ -135,6 +135,7 @@ with hold(sys.argv[1], "a test"):
 """
 
 
+@pytest.mark.slow
 def test_a_sampler_that_dies_or_takes_too_long_is_not_waited_for(tmp_path, monkeypatch):
     sample = CountingSampler()
     kept = KeptClips(str(tmp_path), "digest", ())

@@ -270,6 +270,7 @@ def test_several_files_are_summed_each_with_its_strength(folder, base, tmp_path)
     assert_merged(found, base, {f"{LAYER}.weight": total})
 
 
+@pytest.mark.slow
 def test_each_expert_takes_its_own_file(tmp_path) -> None:
     folder = write_tiny_experts(tmp_path / "model", ["a"])
     before = {name: value.detach() for name, value in load_experts(folder).named_parameters()}

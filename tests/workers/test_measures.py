@@ -204,6 +204,7 @@ def test_clips_that_are_too_short_for_the_network_are_refused(tmp_path):
         FeatureNetwork(thin_i3d(tmp_path))(torch.zeros(2, 3, 4, 8, 8))
 
 
+@pytest.mark.slow
 def test_the_distance_of_a_set_to_itself_is_nothing_and_grows_with_noise():
     _, video = rendered(24)
     noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(2))

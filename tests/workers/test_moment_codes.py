@@ -23,6 +23,7 @@ def moments(rows: int = 8, row: int = 300, spread: float = 1e3) -> Tensor:
     return 1e-9 * spread ** torch.rand(rows, row, generator=stream)
 
 
+@pytest.mark.slow
 def test_a_code_is_one_of_the_two_next_to_the_moment_and_right_in_the_mean():
     values = moments()
     found = [decode_moments(encode_moments(values, draw)) for draw in range(400)]

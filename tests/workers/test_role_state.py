@@ -113,6 +113,7 @@ def test_without_an_average_the_present_weights_are_final_and_no_ema_folder_is_w
     assert same_bits(roles.generator.final_weights(), weights(roles.networks["generator"]))
 
 
+@pytest.mark.slow
 def test_final_weights_are_copies_that_later_updates_leave_alone():
     roles = tiny_roles()
     iterate(roles, 0)
@@ -142,6 +143,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         tiny_roles().generator.load(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "role.json"])
 @pytest.mark.parametrize("damage", ["torn", "missing"])
 def test_a_torn_or_missing_file_is_an_error_and_leaves_the_role_as_it_was(tmp_path, file, damage):
@@ -167,6 +169,7 @@ def as_an_older_version_saved_it(folder: Path) -> None:
     (folder / "role.json").write_text(json.dumps(kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors"])
 def test_a_flipped_bit_is_an_error_and_leaves_the_role_as_it_was(tmp_path, file):
     roles, other = tiny_roles(), tiny_roles()
@@ -185,6 +188,7 @@ def test_a_flipped_bit_is_an_error_and_leaves_the_role_as_it_was(tmp_path, file)
     assert not same_bits(weights(other.networks["generator"]), before), "nothing checked it then"
 
 
+@pytest.mark.slow
 def test_the_files_of_another_role_are_refused(tmp_path):
     roles = tiny_roles()
     iterate(roles, 0)
@@ -211,6 +215,7 @@ def test_a_role_that_does_not_fit_on_the_disk_says_so(tmp_path):
     assert not list((tmp_path / "generator").iterdir())
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_are_refused_by_name(tmp_path):
     roles = tiny_roles()
     iterate(roles, 0)

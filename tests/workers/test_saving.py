@@ -111,6 +111,7 @@ def test_a_later_save_uses_the_memory_of_the_one_before_and_has_the_same_bytes(
                 assert one.data_ptr() == other.data_ptr()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_the_role_trains_on_is_heard_of_at_the_end(
     tmp_path: Path,
 ) -> None:

@@ -91,6 +91,7 @@ class TestTheFlow:
         assert (one - other).abs().mean() > 0.01
         assert (one - more).abs().mean() > 1e-3
 
+    @pytest.mark.slow
     def test_a_rollout_reaches_backbone_and_head_through_all_inner_steps(self):
         network, (x_t, _, text) = trained(), inputs()
         network.double().requires_grad_(True)
@@ -178,6 +179,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestTheFolder:
+    @pytest.mark.slow
     def test_it_samples_what_its_base_samples(self, base: Path, tmp_path: Path):
         made = make_transition(base, tmp_path / "made", num_layers=1, num_steps=2)
         one, two = (family_of(folder).load_denoiser(folder) for folder in (base, made))
@@ -189,6 +191,7 @@ class TestTheFolder:
         index = json.loads((made / "model_index.json").read_text())
         assert index["_class_name"] == "WanTransitionPipeline"
 
+    @pytest.mark.slow
     def test_diffusers_refuses_it_instead_of_sampling_its_backbone(
         self, base: Path, tmp_path: Path
     ):
@@ -227,6 +230,7 @@ class TestTheFolder:
             with pytest.raises(ConfigError, match=f"family {name}"):
                 make_transition(folder, tmp_path / "other", 1, 2)
 
+    @pytest.mark.slow
     def test_a_head_of_another_network_is_refused_by_name(self, base: Path, tmp_path: Path):
         made = make_transition(base, tmp_path / "made", num_layers=1, num_steps=2)
         file = made / "flow_head" / "config.json"

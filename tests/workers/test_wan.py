@@ -119,6 +119,7 @@ def test_nothing_follows_the_end_of_a_caption(wan_folder: Path) -> None:
     assert not found[0, 3:].any()
 
 
+@pytest.mark.slow
 def test_latents_are_normalised_with_the_stored_statistics(broken: Path) -> None:
     config_file = broken / "vae" / "config.json"
     config = json.loads(config_file.read_text())
@@ -160,6 +161,7 @@ def test_latents_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
         tiny_velocity()(torch.zeros(shape), torch.ones(1), torch.zeros(1, TEXT_LENGTH, TEXT_DIM))
 
 
+@pytest.mark.slow
 def test_a_saved_generator_is_a_whole_pipeline(wan_folder: Path, tmp_path: Path) -> None:
     generator = tiny_velocity(seed=5)
     for _ in range(2):  # A second time replaces the first.

@@ -59,6 +59,7 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], oth
         assert relative_error(found, expected) < other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_velocities_and_gradients_of_several_sizes_are_those_of_diffusers(
     checkpointing: bool,
@@ -72,6 +73,7 @@ def test_velocities_and_gradients_of_several_sizes_are_those_of_diffusers(
     assert_same(found, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_with_products_in_bfloat16_gradients_differ_by_less_than_their_rounding() -> None:
     compute = ComputeSettings(precision="bf16")
     exact = walked(of_diffusers(tiny_velocity()), SIZES)

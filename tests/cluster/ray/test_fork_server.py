@@ -170,6 +170,7 @@ def test_while_its_server_is_stopped_a_worker_starts_as_always_and_once(tmp_path
     assert ran.read_text().split() == ["True", "False", "True"]
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_once_it_is_offered_a_process_gets_none(tmp_path):
     script, ran = tmp_path / "default_worker.py", tmp_path / "ran"
     script.write_text(f"open({str(ran)!r}, 'a').write('x')\n")
@@ -218,6 +219,7 @@ with serve_forks(["colorsys"]) as python:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_be_prepared_ends_and_serves_nobody(tmp_path):
     script = tmp_path / "default_worker.py"
     script.write_text("print('ran')\n")
@@ -236,6 +238,7 @@ def test_a_worker_that_cannot_be_prepared_ends_and_serves_nobody(tmp_path):
     assert after.stdout == "ran\n"
 
 
+@pytest.mark.slow
 def test_a_client_whose_folder_is_gone_starts_the_interpreter(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -265,6 +268,7 @@ def test_what_is_started_ends_with_its_parent():
         assert not is_running(child, since)
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_killed_controller_goes_with_the_next_start(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)

@@ -21,6 +21,7 @@ def test_a_report_of_whole_files_says_where_it_is_and_nothing_else(tmp_path: Pat
     assert done.stdout == f"{tmp_path}/run/report.html\n"
 
 
+@pytest.mark.slow
 def test_lines_that_a_report_leaves_out_are_counted_and_said(tmp_path: Path) -> None:
     run = start_run(tmp_path / "run", 5)
     with (run / "metrics.jsonl").open("a") as log:

@@ -108,6 +108,7 @@ def test_what_ends_a_command_after_a_stop_is_the_stop():
     assert "Traceback" in with_traceback.stderr
 
 
+@pytest.mark.slow
 def test_words_that_a_library_ends_the_process_with_are_shown():
     program = (
         "import sys; from pipelines import cli; "

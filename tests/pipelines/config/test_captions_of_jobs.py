@@ -17,6 +17,7 @@ from sgmd_core.errors import ConfigError
 TRAIN, HELD_OUT = "submitted/data.train/prompts.txt", "submitted/data.validation/held_out.txt"
 
 
+@pytest.mark.slow
 def test_a_run_finds_the_captions_of_its_job_in_its_own_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -328,6 +328,7 @@ class TestRecipes:
         assert "tiny" in text
         assert "wan21-1.3b" in text
 
+    @pytest.mark.slow
     def test_a_run_stands_for_the_settings_in_its_folder(self, tmp_path, monkeypatch):
         run = tmp_path / "runs" / "mine"
         run.mkdir(parents=True)
@@ -583,6 +584,7 @@ class TestMethods:
         path.write_text(config.to_yaml())
         assert load_recipe(str(path)) == config
 
+    @pytest.mark.slow
     def test_a_recipe_without_a_method_is_sgmds(self, recipe_file):
         settings = yaml.safe_load(recipe_file.read_text())
         del settings["objective"]["method"], settings["objective"]["fake_updates"]
@@ -723,6 +725,7 @@ class TestDerived:
         assert Path(moved.model.folder).is_absolute()
         assert moved.with_absolute_paths() == moved
 
+    @pytest.mark.slow
     def test_the_schema_describes_every_section(self):
         schema = json_schema()
         json.dumps(schema)

@@ -47,6 +47,7 @@ def test_a_discriminator_has_a_pool_where_the_method_has_one():
         assert config.topology.places_of(config.roles)["discriminator"] == (place,)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_weights_has_other_clips(tmp_path):
     def facts(*settings):
         config = load_recipe("tiny", list(settings))

@@ -101,6 +101,7 @@ def test_the_same_data_on_an_s3_server_are_resumed(run, model, data, tmp_path, m
         assert resume_position(config, run_preflight(config), run, checkpoints) == Position()
 
 
+@pytest.mark.slow
 def test_a_ledger_is_checked_where_the_data_are_now(run, data, tmp_path) -> None:
     moved = data.rename(tmp_path / "other")
     with pytest.raises(DataError, match="with --data"):
@@ -116,6 +117,7 @@ def test_shards_that_are_new_or_lost_do_not_stop_a_resume(run, model, data) -> N
     assert resumed(run, model, data) == Position()
 
 
+@pytest.mark.slow
 def test_a_shard_of_another_size_is_refused_with_both_sizes(run, model, data) -> None:
     shard = data / "train" / "b.parquet"
     before = shard.stat().st_size
@@ -125,6 +127,7 @@ def test_a_shard_of_another_size_is_refused_with_both_sizes(run, model, data) ->
     ) in refusal(run, model, data)
 
 
+@pytest.mark.slow
 def test_other_captions_in_as_many_bytes_are_refused_with_both_digests(run, model, data) -> None:
     sizes = {path.name: path.stat().st_size for path in (data / "train").iterdir()}
     (before, *_) = json.loads(run.identity.read_text())["train"]
@@ -136,6 +139,7 @@ def test_other_captions_in_as_many_bytes_are_refused_with_both_digests(run, mode
     assert f'and had "{before["content"]}"' in message
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_shards_is_refused(run, model, data) -> None:
     for name in "abc":
         (data / "train" / f"{name}.parquet").rename(data / "train" / f"other-{name}.parquet")
@@ -160,6 +164,7 @@ def test_another_model_at_the_same_path_is_refused_by_component(run, model, data
     assert f'the {part} in model.folder has content "{after}", and had "{before}"' in message
 
 
+@pytest.mark.slow
 def test_every_setting_that_differs_is_named_with_both_values(run, model, data) -> None:
     changes = ("teacher.guidance_scale=2.5", "objective.lambda_nr=0.2")
     message = refusal(run, model, data, *changes)

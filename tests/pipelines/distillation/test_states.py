@@ -73,6 +73,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_state_is_committed_after_a_stop_that_broke_off_the_wait_for_it(
     world: World, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def test_of_a_lost_working_copy_what_its_address_has_is_said_to_be_there(world: 
     assert "s3://bucket/runs/run is still there; go on with --resume s3://bucket" in words
 
 
+@pytest.mark.slow
 def test_a_repair_keeps_the_save_of_processes_that_live(
     world: World, slow_disk: threading.Event
 ) -> None:
@@ -140,6 +142,7 @@ def test_a_repair_keeps_the_save_of_processes_that_live(
     assert manifest.stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_a_repair_says_that_the_save_of_a_lost_process_is_lost(
     world: World, slow_disk: threading.Event
 ) -> None:
@@ -158,6 +161,7 @@ def test_a_repair_says_that_the_save_of_a_lost_process_is_lost(
     assert world.checkpoints.steps() == [2]
 
 
+@pytest.mark.slow
 def test_nothing_is_committed_from_a_process_that_did_not_copy_the_state(
     world: World, slow_disk: threading.Event
 ) -> None:
@@ -170,6 +174,7 @@ def test_nothing_is_committed_from_a_process_that_did_not_copy_the_state(
     assert world.checkpoints.latest() is None
 
 
+@pytest.mark.slow
 def test_a_broken_state_is_not_committed_and_the_one_before_is_named(world: World) -> None:
     world.states.save(world.iterate(0))
     world.states.settle()
@@ -184,6 +189,7 @@ def test_a_broken_state_is_not_committed_and_the_one_before_is_named(world: Worl
     assert "is not finite" in world.warnings.heard[-1]
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_lost_save_is_not_cleared_under_those_that_still_write_it(
     world: World, slow_disk: threading.Event
 ) -> None:
@@ -202,6 +208,7 @@ def test_the_folder_of_a_lost_save_is_not_cleared_under_those_that_still_write_i
     assert world.checkpoints.fault(1, contents=True) == ""
 
 
+@pytest.mark.slow
 def test_a_death_that_a_save_hears_of_leaves_the_save_to_the_repair(
     world: World, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +228,7 @@ def test_a_death_that_a_save_hears_of_leaves_the_save_to_the_repair(
     assert world.checkpoints.steps() == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["", "ema/role.json", "generator/role.json"])
 def test_what_a_lost_process_has_written_whole_is_committed_once_the_others_have_theirs(
     world: World, slow_disk: threading.Event, missing: str
@@ -252,6 +260,7 @@ def test_what_a_lost_process_has_written_whole_is_committed_once_the_others_have
     assert load_role(str(folder), "generator").updates == 1
 
 
+@pytest.mark.slow
 def test_the_state_of_another_iteration_is_not_taken_for_the_one_that_is_saved(
     world: World,
 ) -> None:

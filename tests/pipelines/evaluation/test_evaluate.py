@@ -359,6 +359,7 @@ class TestFiles:
         assert {label.split(",")[0] for label in sampled} == {"teacher", "generator"}
         assert set(sampled.values()) == {1}
 
+    @pytest.mark.slow
     def test_denoisers_are_sampled_in_the_type_of_a_gpu_only_there(self, place):
         subject = plan_evaluation(
             place / "generator", place / "teacher", str(place / "captions"), None, None, OPTIONS
@@ -457,6 +458,7 @@ class TestWrongRequests:
         with pytest.raises(ConfigError, match="8 rows"):
             run_evaluation(place, tmp_path, num_captions=9)
 
+    @pytest.mark.slow
     def test_where_no_number_is_asked_for_all_of_a_small_set_are_taken(self, place, caplog):
         usual = replace(OPTIONS, num_captions=None)
         places = (place / "generator", place / "teacher", str(place / "captions"), None, None)

@@ -67,6 +67,7 @@ def test_the_error_is_the_spread_that_new_clips_would_give():
     assert float(errors.mean() / values.std()) == pytest.approx(1, abs=0.35)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_errors():
     assert measure(0, shift=0.5) == measure(0, shift=0.5)
 

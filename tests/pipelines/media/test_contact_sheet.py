@@ -73,6 +73,7 @@ def test_a_wrong_list_of_clips_is_refused(tmp_path, text):
         read_clip_files(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_still_shows_the_first_and_the_last_frame_of_every_group():
     still = np.asarray(still_picture(groups(), PROMPTS, num_frames=2))
     colours = {tuple(int(v) for v in pixel) for pixel in still.reshape(-1, 3)}

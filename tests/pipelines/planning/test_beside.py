@@ -42,6 +42,7 @@ def count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+@pytest.mark.slow
 def test_released_encoders_have_the_parameters_of_their_configurations():
     with torch.device("meta"):
         umt5 = count(UMT5EncoderModel(UMT5Config(vocab_size=256384, **GATED)))

@@ -82,6 +82,7 @@ def test_each_pool_has_its_gpus_on_machines_that_it_finds_by_label(number: int):
     assert recipe.topology.address == "auto"
 
 
+@pytest.mark.slow
 def test_a_machine_has_no_more_gpus_than_there_are_in_one():
     _, groups = parts(emitted("kuberay", 17, "gpus-per-machine=4"))
     assert all(gpus_of(group) // group.get("replicas", 1) <= 4 for group in groups.values())
@@ -134,6 +135,7 @@ def test_a_detail_that_is_wrong_or_missing_says_what_to_write(kind, details, wor
         emitted(kind, 17 if "hosts=a" not in details else 9, *details)
 
 
+@pytest.mark.slow
 def test_paths_of_this_machine_alone_are_refused_all_at_once():
     with pytest.raises(ConfigError, match="output=runs, data\\.train=clips"):
         emitted("slurm", 5, output="runs", **{"data.train": "clips"})

@@ -50,6 +50,7 @@ def peak_of(compute: Callable[[], object]) -> int:
     return live.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "latents"),
     [

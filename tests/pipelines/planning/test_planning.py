@@ -231,6 +231,7 @@ class TestSamplesOverSeveralRanks:
         fewer = replace(plain, ulysses=self.work(2, 2).ulysses)
         assert iteration_s(fewer) - iteration_s(same) == pytest.approx(added / 3, rel=0.01)
 
+    @pytest.mark.slow
     def test_the_exchange_of_the_measured_run_gives_way_to_that_of_the_plan(self):
         hardware = Hardware(memory_gb=80, ranks_per_machine=8, gather_bandwidth=20e9)
         plain, four = modelled(self.work(4), hardware), self.work(4)
@@ -724,6 +725,7 @@ class TestSearch:
         ]
         assert seconds == sorted(seconds, reverse=True)
 
+    @pytest.mark.slow
     def test_a_slower_teacher_gets_more_copies(self):
         seconds = dict(modelled(SMALL, Hardware()).seconds)
         few = find_best(SMALL, StageTimes(seconds, ""), Hardware(), 16)
@@ -1179,6 +1181,7 @@ class TestCommand:
         assert result.exit_code == 2
         assert "a rank of all roles needs" in result.stderr
 
+    @pytest.mark.slow
     def test_a_reader_gets_a_table_and_the_settings(self):
         result = sgmd("plan", "wan21-1.3b", "--model", "14b", "--gpus", 64)
         assert result.exit_code == 0

@@ -163,6 +163,7 @@ def test_a_plan_warns_of_sets_at_addresses_that_it_does_not_look_at(tmp_path):
     assert sgmd("plan", "wan21-1.3b", *options, *anew).exit_code == 2
 
 
+@pytest.mark.slow
 def test_negative_prompts_come_from_recipes_of_a_model_of_that_name():
     wanted = load_recipe("wan21-14b").model.negative_prompt
     hub = "/x/models--Wan-AI--Wan2.1-T2V-14B-Diffusers/snapshots/0123"

@@ -159,6 +159,7 @@ def test_the_denoiser_learns() -> None:
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
+@pytest.mark.slow
 def test_a_resumed_denoiser_repeats_the_uninterrupted_one_bitwise() -> None:
     latents, texts = random_latents()
     whole, first = denoiser_training(), denoiser_training()
@@ -338,6 +339,7 @@ def test_two_rows_with_one_id_are_both_trained_on_and_what_is_beyond_the_last_cl
     assert len(collect(share_of_clips(clips), "pixels").values) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -358,6 +360,7 @@ def test_a_bad_row_is_named(tmp_path: Path, change: dict[str, object], complaint
         list(share_of_clips(open_clips(world.train, world)))
 
 
+@pytest.mark.slow
 def test_clips_of_another_size_are_refused(tmp_path: Path) -> None:
     write_clips(tmp_path)
     world = micro_config(tmp_path).world
@@ -388,6 +391,7 @@ def refusal(config: PretrainConfig) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_stages_go_on_with_the_same_clips_elsewhere_and_other_figures(tmp_path: Path) -> None:
     config = begun(tmp_path)
     recorded = identities(config)
@@ -402,6 +406,7 @@ def test_stages_go_on_with_the_same_clips_elsewhere_and_other_figures(tmp_path: 
     require_same_stages(Path(config.run_dir), identities(moved))
 
 
+@pytest.mark.slow
 def test_a_stage_of_other_settings_is_refused_with_both_values(tmp_path: Path) -> None:
     config = begun(tmp_path)
     vae = config.vae.model_copy(update={"num_steps": 5})
@@ -414,6 +419,7 @@ def test_a_stage_of_other_settings_is_refused_with_both_values(tmp_path: Path) -
     assert "stage vae" not in message
 
 
+@pytest.mark.slow
 def test_a_stage_of_other_clips_or_without_a_record_is_refused(tmp_path: Path) -> None:
     config = begun(tmp_path)
     write_shards(str(tmp_path / "other"), num_clips=16, shard_size=8, seed=1)

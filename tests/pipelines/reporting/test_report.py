@@ -286,6 +286,7 @@ class TestBadRecords:
         with pytest.raises(CheckpointError, match=r"config\.yaml"):
             write_report([tmp_path])
 
+    @pytest.mark.slow
     def test_text_of_the_run_is_never_markup(self, finished):
         config = finished / "config.yaml"
         config.write_text("# <script>alert(1)</script>\n" + config.read_text())

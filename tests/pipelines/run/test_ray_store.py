@@ -43,6 +43,7 @@ def test_files_arrive_as_they_are_and_only_those_that_have_changed_are_sent_agai
     assert send().keys() >= before.keys()
 
 
+@pytest.mark.slow
 def test_what_is_written_down_of_a_store_has_no_keys_and_opens_it_again(
     server: S3Server, monkeypatch: pytest.MonkeyPatch
 ):

@@ -60,6 +60,7 @@ def test_a_copy_is_not_deleted_by_a_container_in_which_its_process_has_no_number
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_process_that_was_killed_is_deleted(tmp_path):
     command = [sys.executable, "-c", KILLED]
     ended = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)

@@ -59,6 +59,7 @@ def samples_of(
     return samples
 
 
+@pytest.mark.slow
 def test_a_shuffled_gap_stays_within_its_member_and_moves_the_samples():
     config, members = recipe(), [Member(3, 1e-2, 3e-3), Member(4, 1e-2, 1e-2)]
     own, shuffled = (
@@ -148,6 +149,7 @@ def distilled(
     return run
 
 
+@pytest.mark.slow
 def test_a_discriminator_sees_nothing_before_the_fake_score_has_moved():
     """Silent heads teach nothing, and at first the two states that they are shown are one."""
     before, after = (distilled({"method": "adm"}, count).samples(64) for count in (0, 1))
@@ -158,6 +160,7 @@ def test_a_discriminator_sees_nothing_before_the_fake_score_has_moved():
     assert hinge_discriminator_loss(silent, silent) == 2
 
 
+@pytest.mark.slow
 def test_each_phase_trains_an_expert_and_the_fake_score_starts_anew_between_them():
     objective = {"method": "phased_dmd", "high_iterations": 3, "fake_updates": 1}
     start, high, again, low = (weights_of(distilled(objective, count)) for count in (0, 3, 4, 5))
@@ -243,6 +246,7 @@ class TestFigures:
     config = recipe()
     truth = Truth(mixture_of(config.worlds["ring"]), 2000)
 
+    @pytest.mark.slow
     def test_of_the_truth_are_perfect(self):
         (floor,) = self.truth.floor([0])
         assert floor["energy"] == pytest.approx(0, abs=0.01)
@@ -389,6 +393,7 @@ def test_a_sample_wider_than_the_hidden_layers_can_be_learned():
     assert found < before / 2
 
 
+@pytest.mark.slow
 def test_a_variant_that_breaks_at_every_rate_is_a_row(tmp_path: Path):
     """So far apart that the squares of the teacher's distances are not numbers."""
     config = recipe(
@@ -436,6 +441,7 @@ def test_the_recipe_of_another_command_says_which():
         load_recipe("gaussians")
 
 
+@pytest.mark.slow
 def test_the_tables_file_can_be_read_back(tmp_path: Path):
     config = recipe(f"output={tmp_path}", "worlds={w: {forwards: 100}}", "variants={sgmd: {}}")
     results = gaussian_study(config, lambda text: None, num_processes=1)

@@ -179,6 +179,7 @@ def test_seeds_that_one_variant_has_not_run_yet_are_left_out():
     assert verdict.outcome == "undecided"
 
 
+@pytest.mark.slow
 def test_variants_that_are_equal_are_told_apart_as_seldom_as_is_said():
     drawn = random.Random(0)
     told = 0

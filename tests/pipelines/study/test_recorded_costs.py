@@ -43,6 +43,7 @@ def test_costs_are_recorded_and_others_are_refused_with_both(tmp_path: Path):
     require_same_costs(plan_of(tmp_path, "study.budget={unit: iterations, amount: 10}"))
 
 
+@pytest.mark.slow
 def test_runs_of_a_version_that_recorded_none_are_known_by_their_iterations(tmp_path: Path):
     amount = "study.budget={unit: forwards, amount: 20000}"
     plan = plan_of(tmp_path, amount)
@@ -54,6 +55,7 @@ def test_runs_of_a_version_that_recorded_none_are_known_by_their_iterations(tmp_
         require_same_costs(plan)
 
 
+@pytest.mark.slow
 def test_runs_with_the_iterations_of_now_go_on(tmp_path: Path):
     plan = plan_of(tmp_path, "study.budget={unit: forwards, amount: 20000}")
     start_first_run(plan, plan.runs[0].config.iterations)
@@ -61,6 +63,7 @@ def test_runs_with_the_iterations_of_now_go_on(tmp_path: Path):
     assert (plan.folder / "costs.json").exists()
 
 
+@pytest.mark.slow
 def test_costs_of_one_network_for_all_roles_as_they_once_were_recorded_go_on(tmp_path: Path):
     plan = plan_of(tmp_path)
     plan.folder.mkdir()
@@ -75,6 +78,7 @@ def test_costs_of_one_network_for_all_roles_as_they_once_were_recorded_go_on(tmp
     assert json.loads(path.read_text()) == costs
 
 
+@pytest.mark.slow
 def test_costs_of_variants_that_a_plan_leaves_out_stay_as_they_are(tmp_path: Path):
     plan = plan_of(tmp_path)
     plan.folder.mkdir()

@@ -77,6 +77,7 @@ def test_relative_outputs_begin_at_the_root_and_absolute_ones_stay():
     assert (request.arguments, request.options) == (("/mnt/runs/x",), ("--output=/mnt/figures",))
 
 
+@pytest.mark.slow
 def test_a_recipe_and_files_of_captions_go_along_wherever_they_lie(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = (PROJECT_ROOT / "pipelines/config/recipes/tiny.yaml").read_text()

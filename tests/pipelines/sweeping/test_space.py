@@ -103,6 +103,7 @@ class TestCorners:
         assert {FORM: "paper", NR: 0.2} in found
         assert {FORM: "released", NR: 0.1, RC: 2.0} in found
 
+    @pytest.mark.slow
     def test_a_large_space_has_every_value_of_every_key(self):
         keys = ["objective.lambda_nr", "objective.lambda_rc", "generator.ema_decay"]
         lists = ", ".join(
@@ -185,6 +186,7 @@ class TestRefusals:
         ):
             assert words in text
 
+    @pytest.mark.slow
     def test_a_corner_that_does_not_fit_is_named(self, shapes_recipe: tuple[str, ...]):
         # Each value fits alone: 16 samples in one part, or 4 samples in 4 parts.
         config = load_recipe(
@@ -199,12 +201,14 @@ class TestRefusals:
             checked_sweep(config)
         assert "of the trial with batch.size=2, batch.micro_batches=4" in caught.value.__notes__
 
+    @pytest.mark.slow
     def test_a_corner_that_the_networks_cannot_make_is_named(self, shapes_recipe: tuple[str, ...]):
         config = load_recipe("tiny", [*shapes_recipe, "sweep.grid={video.num_frames: [13, 14]}"])
         with pytest.raises(Exception, match="14") as caught:
             checked_sweep(config)
         assert "of the trial with video.num_frames=14" in caught.value.__notes__
 
+    @pytest.mark.slow
     def test_trials_too_short_for_a_part_of_their_method_are_warned_of(
         self, shapes_recipe: tuple[str, ...], caplog: pytest.LogCaptureFixture
     ):
@@ -233,6 +237,7 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"sweep\.iterations"):
             dry_run_sweep(other, resume=True)
 
+    @pytest.mark.slow
     def test_a_dry_run_of_a_sweep_that_goes_on_checks_it_as_an_old_one(
         self, shapes_recipe: tuple[str, ...], tmp_path: Path
     ):

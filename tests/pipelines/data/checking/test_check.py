@@ -86,6 +86,7 @@ def encoded_folder(folder: Path, num_rows: int = 6) -> Encoding:
 
 
 class TestGoodSets:
+    @pytest.mark.slow
     def test_a_rendered_set_has_the_figures_it_was_made_with(self, clips):
         report = check_shards(str(clips), HERE)
         assert report.is_usable
@@ -251,6 +252,7 @@ class TestDamage:
         assert "fps" in report.examples[0]
         assert not report.is_usable
 
+    @pytest.mark.slow
     def test_an_index_that_differs_from_the_folder_is_told_and_can_be_written_anew(self, clips):
         assert check_shards(str(clips), CheckOptions(num_processes=0, write_index=True)).is_usable
         shards_of(clips)[0].rename(clips / "renamed.parquet")

@@ -195,6 +195,7 @@ class TestTextOnly:
         assert found.text_encoder == encoding_of_clips(model, OPTIONS).text_encoder
         assert options.pools == (options.captions,)
 
+    @pytest.mark.slow
     def test_lines_of_videos_that_are_not_read_have_no_pixels(self, source):
         parts = parts_of(source, 8)
         tasks = pa.table({stages.TASK: [pickle.dumps(part) for part in parts[1:2]]})

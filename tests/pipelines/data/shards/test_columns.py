@@ -151,6 +151,7 @@ def test_of_a_larger_set_the_first_shards_are_named_as_what_was_looked_at(tmp_pa
 TEXTS = ["a", "b", None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
@@ -250,6 +251,7 @@ def encoded_reasons(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_video_structs_are_read_and_a_single_file_of_them_is_a_set(tmp_path):
     path = tmp_path / "hub" / "data.parquet"
     as_hugging_face_stores(tmp_path / "clips", path)

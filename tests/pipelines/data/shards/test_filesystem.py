@@ -52,6 +52,7 @@ def test_a_local_folder_needs_no_server(tmp_path: Path) -> None:
     assert filesystem.ls(root, detail=False) == [f"{tmp_path}/one.txt"]
 
 
+@pytest.mark.slow
 def test_a_folder_on_s3_is_read(keys: dict[str, str]) -> None:
     filesystem, root = open_folder("s3://clips/set/")
     assert root == "clips/set"
@@ -74,6 +75,7 @@ def test_a_missing_bucket_is_named(keys: dict[str, str]) -> None:
         open_folder("s3://nobucket/set", QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
 def test_wrong_keys_are_told_and_never_shown(
     keys: dict[str, str], monkeypatch: pytest.MonkeyPatch, wrong: str
@@ -95,6 +97,7 @@ def test_no_keys_at_all_are_told(keys: dict[str, str], monkeypatch: pytest.Monke
         open_folder("s3://clips/set", QUICK)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_is_told(
     keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +146,7 @@ def test_signs_in_a_name_are_characters(keys: dict[str, str], tmp_path: Path) ->
         assert filesystem.cat_file(f"{open_folder(url)[1]}/one.txt") == b"one"
 
 
+@pytest.mark.slow
 def test_an_endpoint_without_a_scheme_is_understood(
     keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +232,7 @@ class Portal(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_page_in_place_of_a_listing_is_not_taken_for_an_empty_folder(
     keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def test_sets_are_drawn_by_weight_and_by_the_place_of_a_sample_alone():
     assert not np.array_equal(drawn_sets(SEED + 1, 0, 700, WEIGHTS), drawn[:700])
 
 
+@pytest.mark.slow
 def test_each_set_comes_as_it_does_alone_in_epochs_of_its_own(settings: StreamSettings):
     sets = drawn_sets(SEED, 0, 60, WEIGHTS)
     with MixedFeed(settings, FeedProgress(further=(FeedProgress(), FeedProgress())), 60) as mixed:
@@ -62,6 +63,7 @@ def test_each_set_comes_as_it_does_alone_in_epochs_of_its_own(settings: StreamSe
     ]
 
 
+@pytest.mark.slow
 def test_a_mixed_stream_goes_on_where_it_stood_whatever_the_batches(settings: StreamSettings):
     beginning = FeedProgress(further=(FeedProgress(), FeedProgress()))
     with MixedFeed(settings, beginning, 40) as mixed:

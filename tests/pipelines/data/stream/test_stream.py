@@ -99,6 +99,7 @@ def test_the_stream_goes_on_from_any_position_as_if_never_stopped(folder: str, s
     assert taken == list(whole[: len(taken)])
 
 
+@pytest.mark.slow
 def test_an_index_changes_nothing_of_the_order(folder: str) -> None:
     without = feed(folder, shuffle=CHAPTERS).take(100)
     index_folder(*open_folder(folder))
@@ -166,6 +167,7 @@ def test_a_batch_over_the_end_of_an_epoch_says_so(folder: str) -> None:
     assert batch.cursor.epoch == 1
 
 
+@pytest.mark.slow
 def test_a_folder_that_changes_meanwhile_does_not_shift_what_is_to_come(folder: str) -> None:
     whole = feed(folder).take(72).sample_ids
     stream = feed(folder)
