@@ -99,6 +99,7 @@ from sgmd_core.types import NoisedBatch as NoisedBatch
 from sgmd_core.types import Purpose as Purpose
 from sgmd_core.types import Text as Text
 from sgmd_core.types import float32 as float32
+from sgmd_core.velocity import Guidance as Guidance
 from sgmd_core.velocity import VelocityModel as VelocityModel
 from sgmd_core.velocity import guided_velocity as guided_velocity
 from sgmd_core.velocity import renormalized as renormalized

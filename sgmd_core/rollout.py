@@ -26,7 +26,7 @@ from sgmd_core.errors import ConfigError
 from sgmd_core.inner_flow import TransitionModel, model_at_step
 from sgmd_core.seeds import derived_noise
 from sgmd_core.types import Latents, NoisedBatch, PerSample, Samples, Text, per_sample
-from sgmd_core.velocity import GuidanceNorm, NegativeText, VelocityModel, guided_velocity
+from sgmd_core.velocity import Guidance, VelocityModel, guided_velocity
 
 Grid = Float[Tensor, "*samples steps"]
 """Falling noise levels: one list, or one of the same length for each sample."""
@@ -180,12 +180,9 @@ def euler_sample(
     grid: Grid,
     initial_noise: Latents,
     text: Text,
-    negative: NegativeText | None = None,
-    guidance_scale: float = 1.0,
+    guidance: Guidance | None = None,
     on_step: Callable[[int], None] | None = None,
     *,
-    batched_guidance: bool = True,
-    guidance_norm: GuidanceNorm = "none",
     renoise: bool = False,
 ) -> Latents:
     """Samples latents over the whole grid, without a graph.
@@ -198,52 +195,25 @@ def euler_sample(
         grid: Falling noise levels; the latents are those of the last one.
         initial_noise: Standard normal; the state at the grid's first level.
         text: Caption of each sample.
-        negative: Caption that guidance steers away from (1, l, d); needed for a `guidance_scale`
-            other than 1.
-        guidance_scale: Scale in `uncond + scale * (cond - uncond)`; 1 is the caption alone.
+        guidance: Scale and negative caption; None: the caption alone.
         on_step: Called with the number of steps done, after each of them.
-        batched_guidance: See `guided_velocity`.
-        guidance_norm: See `renormalized`.
         renoise: Add new noise to x0 at each step, instead of moving along the velocity.
 
     Returns:
         Latents in the dtype of `initial_noise`.
-
-    Raises:
-        ConfigError: guidance is asked for without a negative caption.
     """
-    _require_negative(negative, guidance_scale)
     x_t = initial_noise
     for step in range(grid.shape[-1] - 1):
         sigma = _level(grid, step, x_t)
         here = model_at_step(model, initial_noise, step)
-        if negative is None:
+        if guidance is None:
             velocity = here(x_t, sigma, text)
         else:
-            velocity = guided_velocity(
-                here,
-                x_t,
-                sigma,
-                text,
-                negative,
-                guidance_scale,
-                batched=batched_guidance,
-                norm=guidance_norm,
-            )
+            velocity = guided_velocity(here, x_t, sigma, text, guidance)
         x_t = _stepped(grid, step, x_t, velocity, initial_noise if renoise else None)
         if on_step is not None:
             on_step(step + 1)
     return x_t
-
-
-def _require_negative(negative: NegativeText | None, guidance_scale: float) -> None:
-    if negative is None and guidance_scale != 1.0:
-        raise ConfigError(
-            "sampling with guidance",
-            f"guidance scale {guidance_scale} and no negative caption",
-            "the embedding of a negative caption, which may be the empty one",
-            "Encode it, or set the guidance scale to 1",
-        )
 
 
 def renoised(

@@ -1,5 +1,6 @@
 """The velocity protocol of networks, and classifier-free guidance."""
 
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,23 @@ from sgmd_core.types import Latents, PerSample, Text
 NegativeText = Float[Tensor, "1 l d"]
 GuidanceNorm = Literal["none", "layer_norm", "scalar"]
 """Bound of a guided velocity's length; see `renormalized`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Classifier-free guidance of a model.
+
+    Attributes:
+        negative: One caption to be steered away from, shared by the batch (1, l, d).
+        scale: Scale in `uncond + scale * (cond - uncond)`; 1 is the caption alone.
+        batched: Whether both captions go through the model as one batch.
+        norm: See `renormalized`.
+    """
+
+    negative: NegativeText
+    scale: float
+    batched: bool = True
+    norm: GuidanceNorm = "none"
 
 
 # Checkable because the shape hook of the tests checks every argument against its annotation.
@@ -41,11 +59,7 @@ def guided_velocity(
     x_t: Latents,
     sigma: PerSample,
     text: Text,
-    negative: NegativeText,
-    scale: float,
-    *,
-    batched: bool = True,
-    norm: GuidanceNorm = "none",
+    guidance: Guidance,
 ) -> Latents:
     """Velocity under classifier-free guidance, in the standard form.
 
@@ -60,19 +74,14 @@ def guided_velocity(
         x_t: Noisy latents.
         sigma: Noise level of each sample.
         text: Caption of each sample.
-        negative: One caption to be steered away from, shared by the batch.
-        scale: Guidance scale, dimensionless.
-        batched: Whether both captions go through the model as one batch.
-        norm: See `renormalized`.
+        guidance: Scale and negative caption.
 
     Returns:
         Velocity, shaped like `x_t`.
     """
-    if scale == 1.0:
+    if guidance.scale == 1.0:
         return model(x_t, sigma, text)
-    _, guided = guided_velocities(
-        model, x_t, sigma, text, negative, scale, batched=batched, norm=norm
-    )
+    _, guided = guided_velocities(model, x_t, sigma, text, guidance)
     return guided
 
 
@@ -81,29 +90,26 @@ def guided_velocities(
     x_t: Latents,
     sigma: PerSample,
     text: Text,
-    negative: NegativeText,
-    scale: float,
-    *,
-    batched: bool = True,
-    norm: GuidanceNorm = "none",
+    guidance: Guidance,
 ) -> tuple[Latents, Latents]:
     """Velocity with the caption alone, and that under guidance; arguments as `guided_velocity`.
 
     Returns:
         Conditional and guided velocity, shaped like `x_t`.
     """
-    if batched:
+    negative = guidance.negative.expand_as(text)
+    if guidance.batched:
         both = model(
             torch.cat([x_t, x_t]),
             torch.cat([sigma, sigma]),
-            torch.cat([text, negative.expand_as(text)]),
+            torch.cat([text, negative]),
         )
         conditional, unconditional = both.chunk(2)
     else:
-        unconditional = model(x_t, sigma, negative.expand_as(text))
+        unconditional = model(x_t, sigma, negative)
         conditional = model(x_t, sigma, text)
-    guided = unconditional + scale * (conditional - unconditional)
-    return conditional, renormalized(guided, conditional, norm)
+    guided = unconditional + guidance.scale * (conditional - unconditional)
+    return conditional, renormalized(guided, conditional, guidance.norm)
 
 
 def renormalized(guided: Latents, conditional: Latents, norm: GuidanceNorm) -> Latents:

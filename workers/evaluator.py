@@ -26,7 +26,7 @@ from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import random_generator
 from sgmd_core.types import Latents, Text
-from sgmd_core.velocity import NegativeText, VelocityModel
+from sgmd_core.velocity import Guidance, VelocityModel
 from workers.placement import device_of
 from workers.role_state import require_same_tensors
 from workers.sharding import parameters_of
@@ -71,9 +71,8 @@ def sample_video(
     schedule: FlowMatchSchedule,
     noise: Latents,
     text: Text,
-    negative: NegativeText | None,
+    guidance: Guidance,
     num_steps: int,
-    guidance_scale: float,
     on_step: Callable[[int], None] | None = None,
 ) -> Video:
     """Samples clips from their initial noise and decodes them, side by side.
@@ -84,9 +83,8 @@ def sample_video(
         schedule: Noise levels of the sampler.
         noise: Standard normal (b, c, t, h, w), on the model's device.
         text: Embedding of each clip's caption.
-        negative: Embedding that guidance leads away from; needed for a scale other than 1.
+        guidance: Scale, and embedding that guidance leads away from.
         num_steps: Euler steps.
-        guidance_scale: s in `uncond + s * (cond - uncond)`; 1 means no guidance.
         on_step: Called with the number of steps done, after each.
 
     Returns:
@@ -94,13 +92,12 @@ def sample_video(
     """
     latents = euler_sample(
         model,
-        schedule.sampling_grid(num_steps, guidance_scale),
+        schedule.sampling_grid(num_steps, guidance.scale),
         noise,
         text,
-        negative,
-        guidance_scale,
+        guidance,
         on_step,
-        renoise=schedule.renoises(guidance_scale),
+        renoise=schedule.renoises(guidance.scale),
     )
     return decoder.decode(latents).float().cpu()
 
@@ -193,6 +190,7 @@ class Evaluator:
             ]
             texts = [self._text_encoder.encode(own, range(len(own))).text for own in chunks]
             negative = self._text_encoder.encode_negative(self._negative_prompt)
+            guidance = Guidance(negative.to(self._device), guidance_scale)
             clips: list[Tensor] = []
             with _put_aside(self._encoding):
                 for number, text in enumerate(texts):
@@ -209,9 +207,8 @@ class Evaluator:
                             self._schedule,
                             self._noise(seed, first, len(text)),
                             text.to(self._device),
-                            negative.to(self._device),
+                            guidance,
                             num_steps,
-                            guidance_scale,
                             on_step,
                         )
                     )

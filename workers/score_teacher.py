@@ -28,7 +28,7 @@ from sgmd_core.types import (
     Text,
     detached,
 )
-from sgmd_core.velocity import guided_velocities, guided_velocity
+from sgmd_core.velocity import Guidance, guided_velocities, guided_velocity
 from workers.finite import Diagnosis, FiniteChecks
 from workers.placement import device_of, query_on
 from workers.settings import TeacherSettings
@@ -173,10 +173,7 @@ class ScoreTeacher:
             start.grid,
             noise,
             start.text.to(device),
-            negative.to(device),
-            self._settings.guidance_scale,
-            batched_guidance=self._settings.batched_guidance,
-            guidance_norm=self._settings.cfg_norm,
+            self._guidance(negative, device),
         )
         velocity = anchor_velocity(noise, anchor, float(start.grid[-1]))
         handed = {**start.numbers, _NEGATIVE: negative}
@@ -195,27 +192,21 @@ class ScoreTeacher:
 
     def _both(self, query: NoisedBatch, negative: Text) -> GuideAnswer:
         """The velocity with the caption alone, and the guided one."""
-        settings = self._settings
+        guidance = self._guidance(negative, query.x0.device)
         conditional, guided = guided_velocities(
-            self._network,
-            query.x_t,
-            query.sigma,
-            query.text,
-            negative.to(query.x0.device),
-            settings.guidance_scale,
-            batched=settings.batched_guidance,
-            norm=settings.cfg_norm,
+            self._network, query.x_t, query.sigma, query.text, guidance
         )
         return GuideAnswer(conditional=conditional, guided=guided)
 
     def _guided(self, query: NoisedBatch, negative: Text) -> Latents:
-        return guided_velocity(
-            self._network,
-            query.x_t,
-            query.sigma,
-            query.text,
-            negative.to(query.x0.device),
-            self._settings.guidance_scale,
-            batched=self._settings.batched_guidance,
-            norm=self._settings.cfg_norm,
+        guidance = self._guidance(negative, query.x0.device)
+        return guided_velocity(self._network, query.x_t, query.sigma, query.text, guidance)
+
+    def _guidance(self, negative: Text, device: torch.device) -> Guidance:
+        settings = self._settings
+        return Guidance(
+            negative.to(device),
+            settings.guidance_scale,
+            settings.batched_guidance,
+            settings.cfg_norm,
         )

@@ -12,7 +12,7 @@ from pipelines.pretraining.config import PretrainConfig, SamplingSettings
 from pipelines.pretraining.vae_stage import psnr_db, to_unit_video
 from pipelines.shapes import ClipSplit, EmbeddedWorld
 from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.velocity import VelocityModel
+from sgmd_core.velocity import Guidance, VelocityModel
 from sgmd_core.worlds.readings import WorldScores
 from sgmd_core.worlds.shapes import ClipScores
 from workers.evaluator import sample_video
@@ -116,7 +116,7 @@ def sample_videos(
     """Sample one video (B, 3, T, H, W) in [0, 1] for each caption."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(captions), *latent_shape, generator=generator)
-    unconditional = embed([""])
+    guidance = Guidance(embed([""]), settings.guidance_scale)
     schedule = FlowMatchSchedule(shift=settings.flow_shift)
     videos = [
         sample_video(
@@ -125,9 +125,8 @@ def sample_videos(
             schedule,
             noise[start : start + settings.batch_size],
             embed(captions[start : start + settings.batch_size]),
-            unconditional,
+            guidance,
             settings.num_steps,
-            settings.guidance_scale,
         )
         for start in range(0, len(captions), settings.batch_size)
     ]

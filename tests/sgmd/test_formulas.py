@@ -159,7 +159,7 @@ def test_diversity_from_the_teachers_way():
         uncond, cond = teacher(x, one, 0 * text), teacher(x, one, text)
         x = x + (then - here) * (uncond + scale * (cond - uncond))
     own_grid = levels(*grid[: after + 1])
-    anchor = sgmd.euler_sample(teacher, own_grid, noise, text, 0 * text[:1], scale)
+    anchor = sgmd.euler_sample(teacher, own_grid, noise, text, sgmd.Guidance(0 * text[:1], scale))
     assert_same(anchor, x)
     target = sgmd.anchor_velocity(noise, anchor, grid[after])
     assert_same(target, (noise - x) / (1 - grid[after]))
@@ -210,7 +210,8 @@ def test_guidance_goes_from_the_negative_caption_through_the_caption():
     negative = torch.full((1, 1, 1), -0.5, dtype=torch.float64)
     uncond, cond = (model(x_t, sigma, each) for each in (negative.expand(2, 1, 1), TEXT + 1))
     for batched in (False, True):
-        found = sgmd.guided_velocity(model, x_t, sigma, TEXT + 1, negative, 3.0, batched=batched)
+        guidance = sgmd.Guidance(negative, 3.0, batched)
+        found = sgmd.guided_velocity(model, x_t, sigma, TEXT + 1, guidance)
         assert_same(found, uncond + 3 * (cond - uncond))
     assert_moves({"velocity": uncond + 3 * (cond - uncond)}, {"velocity": cond}, 1e-12)
 

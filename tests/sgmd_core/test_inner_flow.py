@@ -20,6 +20,7 @@ from sgmd_core.rollout import euler_sample, rollout
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import derived_noise
 from sgmd_core.types import per_sample
+from sgmd_core.velocity import Guidance
 
 STD = 0.6
 SHAPE = (1, 1, 1, 1)
@@ -286,7 +287,7 @@ class TestTheOuterStep:
         text, negative = torch.zeros(2, 1, 1), torch.zeros(1, 1, 1)
         grid, model = FlowMatchSchedule().few_step_grid(2), SampledVelocity()
         plain = euler_sample(model, grid, noise, text)
-        guided = euler_sample(model, grid, noise, text, negative, 3.0)
+        guided = euler_sample(model, grid, noise, text, Guidance(negative, 3.0))
         torch.testing.assert_close(guided, plain)
 
     def test_a_velocity_model_is_asked_as_ever(self):

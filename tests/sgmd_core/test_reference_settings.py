@@ -11,7 +11,7 @@ from sgmd_core.rollout import rollout_exit
 from sgmd_core.schedule import FlowMatchSchedule, shift_sigma
 from sgmd_core.seeds import draw
 from sgmd_core.types import MicroBatchKey
-from sgmd_core.velocity import guided_velocities, guided_velocity, renormalized
+from sgmd_core.velocity import Guidance, guided_velocities, guided_velocity, renormalized
 from tests.helpers.small_network import SmallNetwork, predict, random_query
 
 
@@ -210,8 +210,9 @@ class TestGuidanceNorm:
         def model(x_t, sigma, text):
             return network(x_t, sigma, text) + text.reshape(-1, 1, 1, 1, 1)
 
-        asked = (model, query.x_t, query.sigma, query.text + 1, torch.zeros(1, 1, 1), 4.0)
-        conditional, guided = guided_velocities(*asked, batched=batched, norm=norm)
-        plain = guided_velocity(*asked, batched=batched)
+        asked = (model, query.x_t, query.sigma, query.text + 1)
+        guidance = Guidance(torch.zeros(1, 1, 1), 4.0, batched, norm)
+        conditional, guided = guided_velocities(*asked, guidance)
+        plain = guided_velocity(*asked, dataclasses.replace(guidance, norm="none"))
         torch.testing.assert_close(guided, renormalized(plain, conditional, norm))
-        assert torch.equal(guided_velocity(*asked, batched=batched, norm=norm), guided)
+        assert torch.equal(guided_velocity(*asked, guidance), guided)

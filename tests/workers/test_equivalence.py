@@ -27,7 +27,7 @@ from sgmd_core.types import (
     TextBatch,
     per_sample,
 )
-from sgmd_core.velocity import guided_velocity
+from sgmd_core.velocity import Guidance, guided_velocity
 from sgmd_core.worlds.gaussian import AffineGenerator, LearnedGaussian, x0_gain
 from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.roles import (
@@ -93,7 +93,7 @@ def test_split_gradients_equal_those_of_one_plain_step_bitwise(name, exit_step):
     query = NoisedBatch(x0, draws.sigma, draws.noise, text.text, key)
     with torch.set_grad_enabled(objective.path is GradientPath.BOTH_SCORES):
         velocity_teacher = guided_velocity(
-            teacher, query.x_t, query.sigma, query.text, negative_text(), 2.0
+            teacher, query.x_t, query.sigma, query.text, Guidance(negative_text(), 2.0)
         )
     constant = {name: value.detach() for name, value in fake_score.named_parameters()}
     velocity_fake = functional_call(fake_score, constant, (query.x_t, query.sigma, query.text))
@@ -261,7 +261,7 @@ def test_the_diversity_loss_adds_the_gradient_of_the_teachers_path_bitwise():
         x = noise
         for step in range(2):
             level = grid[step].expand(3)
-            velocity = guided_velocity(teacher, x, level, text.text, negative_text(), 2.0)
+            velocity = guided_velocity(teacher, x, level, text.text, Guidance(negative_text(), 2.0))
             x = x + (grid[step + 1] - grid[step]) * velocity
         target = anchor_velocity(noise, x, float(grid[2]))
     velocity = network(noise, torch.ones(3), text.text)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.velocity import Guidance
 from workers.evaluator import VideoDecoder, sample_video, to_pixels
 from workers.models.folder import LatentShape
 from workers.placement import device_of
@@ -159,9 +160,8 @@ class EulerSampler:
             request.schedule,
             noise.to(device),
             text,
-            negative,
+            Guidance(negative, request.guidance_scale),
             request.num_steps,
-            request.guidance_scale,
             on_step,
         )
         (pixels,) = to_pixels(video)
