@@ -98,7 +98,7 @@ class Setting:
             self.micro_batches,
             self.depth,
             samples_per_micro_batch=self.samples,
-            num_iterations=num_iterations,
+            iterations=range(num_iterations),
             max_staleness=self.staleness,
             stage_seconds={
                 (stage.role, stage.name): self.stage_seconds.get(stage.name, 0.0)

@@ -153,7 +153,7 @@ def _best(
             micro_batches,
             depth,
             samples_per_micro_batch=1,
-            num_iterations=4,
+            iterations=range(4),
             stage_seconds=own,
         )
         timeline = simulate(calls, Costs(seconds=by_stage(own)), teams)

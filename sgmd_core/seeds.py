@@ -44,6 +44,22 @@ def random_generator(seed: int, stream: str, *counters: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+@dataclass(frozen=True, slots=True)
+class RolloutRule:
+    """Rule by which the number of steps of a rollout and its exit step are drawn.
+
+    Attributes:
+        first_exit: The exit step is uniform on first_exit .. num_steps - 1.
+        random_steps: Draws number and levels of the rollout's steps; None: the steps of the
+            generator on the schedule's own grid.
+        phase: Bounds exit steps and score levels to those of a phase.
+    """
+
+    first_exit: int = 0
+    random_steps: RandomSteps | None = None
+    phase: Phase | None = None
+
+
 def draw(
     seed: int,
     key: MicroBatchKey,
@@ -51,11 +67,8 @@ def draw(
     latent_shape: tuple[int, int, int, int],
     schedule: FlowMatchSchedule,
     num_steps: int,
-    first_exit: int = 0,
-    *,
-    random_steps: RandomSteps | None = None,
+    rule: RolloutRule = RolloutRule(),
     looks: Looks | None = None,
-    phase: Phase | None = None,
 ) -> Draws:
     """Draws every random number that a micro-batch consumes.
 
@@ -74,18 +87,16 @@ def draw(
         latent_shape: (c, t, h, w) of one sample.
         schedule: Gives the score law.
         num_steps: Steps of the generator.
-        first_exit: The exit step is uniform on first_exit .. num_steps - 1.
-        random_steps: Draws number and levels of the rollout's steps; None: `num_steps` on the
-            schedule's own grid.
+        rule: Law of the rollout's steps and exit step.
         looks: Score queries beside the one at the samples.
-        phase: Bounds exit steps and score levels to those of a phase.
 
     Returns:
         The draws, in float32 on the CPU.
     """
+    random_steps, phase = rule.random_steps, rule.phase
     if random_steps is not None:
         num_steps = rollout_steps(seed, key, random_steps)
-    exits_at = exit_of(seed, key, num_steps, first_exit, phase)
+    exits_at = exit_of(seed, key, num_steps, rule.first_exit, phase)
     grid = _grid(seed, key, sample_indices, schedule, num_steps, random_steps)
     # Levels of a random grid are each sample's own, and bound no window.
     bounds = grid[0] if random_steps is None else None

@@ -23,7 +23,7 @@ from sgmd_core.errors import StaleCallError
 from sgmd_core.phases import Phase
 from sgmd_core.rollout import RolloutExit, anchored, extrapolated, rollout_exit
 from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.seeds import draw
+from sgmd_core.seeds import RolloutRule, draw
 from sgmd_core.types import (
     Draws,
     GeneratorSignal,
@@ -342,6 +342,9 @@ class GeneratorLearner(DiversityLearner):
 
     def _place_or_draw(self, key: MicroBatchKey, text: TextBatch, draws: Draws | None) -> Draws:
         if draws is None:
+            rule = RolloutRule(
+                self._first_exit(key.purpose), self._random_steps, self.phase(key.iteration)
+            )
             draws = draw(
                 self._seed,
                 key,
@@ -349,10 +352,8 @@ class GeneratorLearner(DiversityLearner):
                 self._latent_shape(key),
                 self._schedule,
                 self._num_steps,
-                first_exit=self._first_exit(key.purpose),
-                random_steps=self._random_steps,
-                phase=self.phase(key.iteration),
-                looks=self._task.looks if key.purpose is Purpose.GENERATE else None,
+                rule,
+                self._task.looks if key.purpose is Purpose.GENERATE else None,
             )
         return draws_on(draws, device_of(self._network))
 

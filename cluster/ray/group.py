@@ -110,8 +110,8 @@ class RayWorkerGroup(WorkerGroup[W]):
         placement: Reserved resources; or the pools of processes that the group shares with others,
             one rank a process, in this order.
         pool: The pool whose ranks these are; None: the one called like the group.
-        collective: Whether the ranks, if there are several, run collectives among themselves.
-        replicas: Parts of the group that do so apart from one another.
+        replicas: Parts of the group whose ranks run collectives among themselves; None: no ranks
+            do.
         bf16_kinds: Kinds of tensors that its results carry in bfloat16; see `cluster.transfer`.
         direct: Which results go past the object store; its own processes then have to be able to.
     """
@@ -124,8 +124,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         placement: Placement | Hosts | Sequence[Hosts],
         pool: str | None = None,
         *,
-        collective: bool = False,
-        replicas: int = 1,
+        replicas: int | None = None,
         bf16_kinds: AbstractSet[str] = frozenset(),
         direct: Direct | None = None,
     ) -> None:
@@ -133,7 +132,7 @@ class RayWorkerGroup(WorkerGroup[W]):
             pool = name if pool is None else pool
             ranks = placement.pool(pool).num_ranks
             transport = None if direct is None else direct.transport
-            size = ranks // replicas if collective else 1
+            size = 1 if replicas is None else ranks // replicas
             placement = Hosts(pool, placement, size, transport=transport)
         pools = [placement] if isinstance(placement, Hosts) else list(placement)
         self._seats = [_Seat(hosts, index) for hosts in pools for index in range(hosts.size)]

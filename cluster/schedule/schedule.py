@@ -109,8 +109,7 @@ def order_calls(
     depth: int,
     *,
     samples_per_micro_batch: int | Sequence[int] | None = None,
-    num_iterations: int = 1,
-    first_iteration: int = 0,
+    iterations: range = range(1),
     max_staleness: int = 0,
     stage_seconds: Mapping[tuple[str, str], float] | None = None,
 ) -> list[Call]:
@@ -124,8 +123,7 @@ def order_calls(
             keeps.
         samples_per_micro_batch: Size of each part, or one size for all; None: the least that gives
             every rank as many.
-        num_iterations: How many iterations to list.
-        first_iteration: Number of the first one.
+        iterations: Numbers of the iterations to list.
         max_staleness: 0: an iteration starts when all updates of the one before have ended. 1: the
             roles of an update check themselves one by one, and the next iteration starts with
             what needs no role whose update is still to come. Which calls that concerns, and by
@@ -137,10 +135,10 @@ def order_calls(
     Raises:
         ScheduleError: The program contradicts itself, or the samples cannot be shared out.
     """
-    if min(num_micro_batches, depth, num_iterations) < 1 or max_staleness not in (0, 1):
+    if min(num_micro_batches, depth, len(iterations)) < 1 or max_staleness not in (0, 1):
         raise ScheduleError(
             "ordering the calls of an iteration",
-            f"{num_micro_batches} micro-batches, {depth} in flight, {num_iterations} iterations, "
+            f"{num_micro_batches} micro-batches, {depth} in flight, {len(iterations)} iterations, "
             f"staleness {max_staleness}",
             "at least one of each, and a staleness of 0 or 1",
         )
@@ -152,7 +150,6 @@ def order_calls(
     builder = _Builder(
         program, teams, num_micro_batches, depth, samples_per_micro_batch, stage_seconds or {}
     )
-    iterations = range(first_iteration, first_iteration + num_iterations)
     for iteration in iterations:
         builder.add_iteration(iteration, max_staleness, last=iteration == iterations[-1])
     return builder.calls

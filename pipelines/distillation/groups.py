@@ -233,8 +233,7 @@ class _RayOpener:
             factory,
             args,
             self.placement,
-            collective=team.ranks > 1,
-            replicas=team.replicas,
+            replicas=team.replicas if team.ranks > 1 else None,
             bf16_kinds=self.bf16_kinds,
             direct=self.direct if name in self.scheduled else None,
         )

@@ -112,8 +112,7 @@ class IterationPlan:
             self.micro_batches,
             self.depth,
             samples_per_micro_batch=self.micro_batch_sizes,
-            num_iterations=num_iterations,
-            first_iteration=first,
+            iterations=range(first, first + num_iterations),
             max_staleness=self.max_staleness_iterations,
             stage_seconds=self.stage_seconds,
         )

@@ -267,7 +267,7 @@ class _Batches:
             plan.micro_batches,
             plan.depth,
             samples_per_micro_batch=plan.micro_batch_sizes,
-            first_iteration=self.iteration,
+            iterations=range(self.iteration, self.iteration + 1),
             stage_seconds=plan.stage_seconds,
         )
         texts = [self._text(part, number) for part in range(plan.micro_batches)]

@@ -265,7 +265,7 @@ def _schedule(
         split.micro_batches,
         split.depth,
         samples_per_micro_batch=samples,
-        num_iterations=_ITERATIONS,
+        iterations=range(_ITERATIONS),
     )
     return calls, _costs(work, seconds, hardware, split, samples), teams
 

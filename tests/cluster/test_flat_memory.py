@@ -48,8 +48,9 @@ def run_iteration(ray_cluster: None):
         numbers = count()
 
         def run() -> None:
+            number = next(numbers)
             calls = order_calls(
-                (Pass(stages),), teams, MICRO_BATCHES, 2, first_iteration=next(numbers)
+                (Pass(stages),), teams, MICRO_BATCHES, 2, iterations=range(number, number + 1)
             )
             run_dummies(calls, groups, costs, WAIT_S)
 

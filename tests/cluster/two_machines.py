@@ -177,7 +177,7 @@ def after_a_far_partner_was_killed() -> dict[str, Any]:
     pools = [Pool("choir", 2, LIGHT, strategy="STRICT_SPREAD")]
     with (
         reserve(pools, WAIT_S) as placement,
-        RayWorkerGroup("choir", make_singer, (), placement, collective=True) as choir,
+        RayWorkerGroup("choir", make_singer, (), placement, replicas=1) as choir,
     ):
         choir.wait_ready(WAIT_S)
         places = ray.get([choir.pools[0].places[rank] for rank in range(2)])

@@ -11,7 +11,7 @@ from sgmd_core.objectives.cdm import CdmObjective, augmentation_direction
 from sgmd_core.objectives.dmd import DmdObjective, distribution_matching_loss, matching_direction
 from sgmd_core.rollout import extrapolated, rollout, rollout_exit
 from sgmd_core.schedule import FlowMatchSchedule, RandomSteps, shift_sigma
-from sgmd_core.seeds import draw, rollout_steps
+from sgmd_core.seeds import RolloutRule, draw, rollout_steps
 from sgmd_core.types import Draws, GuideAnswer, Looks, MicroBatchKey, TextBatch, detached
 from sgmd_core.worlds.gaussian import gaussian_velocity
 from tests.helpers.noises import balanced_noises
@@ -174,7 +174,7 @@ def test_a_single_step_has_no_inner_level():
 
 def drawn(indices, micro_batch=0, iteration=0, exit_draw=None, looks=BOTH):
     key = MicroBatchKey(iteration, micro_batch, exit_draw=exit_draw)
-    return draw(3, key, indices, LATENT_SHAPE, SCHEDULE, 4, random_steps=STEPS, looks=looks)
+    return draw(3, key, indices, LATENT_SHAPE, SCHEDULE, 4, RolloutRule(random_steps=STEPS), looks)
 
 
 def test_every_rank_draws_the_same_length_and_levels_of_its_own():

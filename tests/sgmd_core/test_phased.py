@@ -17,7 +17,7 @@ from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.objectives.phased import PhasedObjective, interval_direction
 from sgmd_core.phases import expert_phases
 from sgmd_core.schedule import FlowMatchSchedule, shift_sigma
-from sgmd_core.seeds import draw
+from sgmd_core.seeds import RolloutRule, draw
 from sgmd_core.types import MicroBatchKey, Purpose, TextBatch, detached
 from sgmd_core.worlds.gaussian import gaussian_velocity
 from tests.helpers.small_network import SmallNetwork, predict, random_query, with_leaf
@@ -224,7 +224,9 @@ class TestPhases:
 
         def sigmas(iteration, purpose):
             phase, key = phases.at(iteration), MicroBatchKey(iteration, 0, purpose)
-            return draw(0, key, range(300), (1, 1, 1, 1), SCHEDULE, 4, phase=phase).sigma
+            return draw(
+                0, key, range(300), (1, 1, 1, 1), SCHEDULE, 4, RolloutRule(phase=phase)
+            ).sigma
 
         boundary = 0.875
         assert sigmas(1, Purpose.GENERATE).min() > boundary
@@ -248,11 +250,11 @@ class TestPhases:
             exits, sigmas = set(), []
             for at in range(40):
                 key = MicroBatchKey(at, 0)
-                draws = draw(0, key, range(8), (1, 1, 1, 1), SCHEDULE, 4, phase=phase)
+                draws = draw(0, key, range(8), (1, 1, 1, 1), SCHEDULE, 4, RolloutRule(phase=phase))
                 exits.add(draws.exit_step)
                 sigmas.append(draws.sigma)
                 track = MicroBatchKey(at, 0, Purpose.TRACK)
-                tracked = draw(0, track, (0,), (1, 1, 1, 1), SCHEDULE, 4, phase=phase)
+                tracked = draw(0, track, (0,), (1, 1, 1, 1), SCHEDULE, 4, RolloutRule(phase=phase))
                 assert tracked.exit_step == phase.end - 1
             assert exits == set(range(phase.first_exit, phase.end))
             ends = torch.tensor([phase.levels[0] / 1000, (phase.levels[1] - 1) / 1000])
@@ -345,7 +347,9 @@ def test_an_anchor_is_the_state_where_the_next_phase_begins():
     grid = SCHEDULE.generator_grid(4)
     query, _ = iterate(0, generator, fake_score, teacher, 1)
     tracked = generator.sample(MicroBatchKey(0, 5, Purpose.TRACK), TEXT)
-    draws = draw(3, tracked.key, (0, 1, 2), LATENT_SHAPE, SCHEDULE, 4, phase=generator.phase(0))
+    draws = draw(
+        3, tracked.key, (0, 1, 2), LATENT_SHAPE, SCHEDULE, 4, RolloutRule(phase=generator.phase(0))
+    )
     with torch.no_grad():
         state = draws.initial_noise
         for step in range(2):
@@ -401,7 +405,7 @@ def test_one_expert_alone_is_left_at_its_own_steps_and_judged_at_its_own_levels(
         for iteration in range(60):
             key = MicroBatchKey(iteration, 0, purpose)
             phase = phases.at(iteration)
-            draws = draw(0, key, range(4), LATENT_SHAPE, SCHEDULE, 4, phase=phase)
+            draws = draw(0, key, range(4), LATENT_SHAPE, SCHEDULE, 4, RolloutRule(phase=phase))
             found.add(draws.exit_step)
             sigmas.append(draws.sigma)
         sigma = torch.cat(sigmas)

@@ -19,7 +19,7 @@ from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.objectives.phased import PhasedObjective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule, RandomSteps
-from sgmd_core.seeds import draw, exit_step, rollout_steps
+from sgmd_core.seeds import RolloutRule, draw, exit_step, rollout_steps
 from sgmd_core.types import Draws, MicroBatchKey, Purpose, TextBatch
 from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.small_network import SmallNetwork
@@ -162,8 +162,8 @@ class TestCdm:
             LATENT_SHAPE,
             self.SCHEDULE,
             4,
-            random_steps=self.STEPS,
-            looks=looks_of(self.OBJECTIVE, SCALE),
+            RolloutRule(random_steps=self.STEPS),
+            looks_of(self.OBJECTIVE, SCALE),
         )
 
     def plain_loss(self, networks: list[nn.Module], draws: Draws, weight: float) -> Tensor:
@@ -267,7 +267,9 @@ class TestPhased:
 
     def draws(self, key: MicroBatchKey, samples: int = 3) -> Draws:
         phase = self.OBJECTIVE.phases(self.SCHEDULE, 4).at(key.iteration)
-        return draw(SEED, key, range(samples), LATENT_SHAPE, self.SCHEDULE, 4, phase=phase)
+        return draw(
+            SEED, key, range(samples), LATENT_SHAPE, self.SCHEDULE, 4, RolloutRule(phase=phase)
+        )
 
     def plain_levels(self, iteration: int, *, tracking: bool) -> tuple[int, int]:
         """Raw levels, both ends included."""

@@ -15,7 +15,7 @@ from pipelines.config.recipe import load_recipe
 from sgmd_core.objectives.cdm import CdmObjective
 from sgmd_core.rollout import euler_sample, rollout_exit
 from sgmd_core.schedule import FlowMatchSchedule, RandomSteps
-from sgmd_core.seeds import draw
+from sgmd_core.seeds import RolloutRule, draw
 from sgmd_core.types import MicroBatchKey, NoisedBatch
 from sgmd_core.worlds.gaussian import gaussian_velocity
 from tests.helpers.noises import balanced_noises
@@ -58,7 +58,7 @@ def errors(
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
     for iteration in range(600):
         key, shape = MicroBatchKey(iteration, 0), (1, 1, 1, 1)
-        draws = draw(0, key, (0,), shape, schedule, 4, random_steps=random_steps)
+        draws = draw(0, key, (0,), shape, schedule, 4, RolloutRule(random_steps=random_steps))
         grid = schedule.generator_grid(4) if draws.grid is None else draws.grid
         left = rollout_exit(generator, grid, noise, NO_TEXT, draws.exit_step, keep_graph=True)
         query = NoisedBatch(left.x0, draws.sigma, score_noise, NO_TEXT)

@@ -18,7 +18,7 @@ from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
 from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.seeds import draw
+from sgmd_core.seeds import RolloutRule, draw
 from sgmd_core.types import (
     MicroBatchKey,
     NoisedBatch,
@@ -254,7 +254,7 @@ def test_the_diversity_loss_adds_the_gradient_of_the_teachers_path_bitwise():
     prediction = plain.teacher.denoise(query, negative_text())
     plain.generator.learn(plain.fake_score.signal(query, prediction, 1.0))
     without = gradients(plain.networks["generator"])
-    draws = draw(SEED, key_of(0), text.sample_indices, LATENT_SHAPE, schedule, 4, first_exit=1)
+    draws = draw(SEED, key_of(0), text.sample_indices, LATENT_SHAPE, schedule, 4, RolloutRule(1))
     network, teacher = plain.networks["generator"], plain.networks["teacher"]
     noise, grid = draws.initial_noise, schedule.few_step_grid(4)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
 from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.seeds import draw
+from sgmd_core.seeds import RolloutRule, draw
 from sgmd_core.types import NoisedBatch, Purpose
 from tests.helpers.moves import assert_moves
 from tests.helpers.roles import (
@@ -148,7 +148,9 @@ def _learn(roles, broken: str, by: float) -> None:
         return _broken(value, by) if name == broken else value
 
     text = replace(text, text=maybe("text", text.text))
-    draws = draw(SEED, key, text.sample_indices, LATENT_SHAPE, FlowMatchSchedule(), 4, 1)
+    draws = draw(
+        SEED, key, text.sample_indices, LATENT_SHAPE, FlowMatchSchedule(), 4, RolloutRule(1)
+    )
     draws = replace(
         draws,
         initial_noise=maybe("initial noise", draws.initial_noise),

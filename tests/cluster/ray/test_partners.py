@@ -34,7 +34,7 @@ def reports(choir: RayWorkerGroup[Singer]) -> list[ProgressReport]:
 
 
 def test_the_rank_that_has_ended_is_named_and_nobody_who_may_live(placement: Placement) -> None:
-    with RayWorkerGroup("choir", make_singer, (), placement, collective=True) as choir:
+    with RayWorkerGroup("choir", make_singer, (), placement, replicas=1) as choir:
         choir.wait_ready(WAIT_S)
         assert choir.fetch(choir.call(Singer.chord, 1.0), WAIT_S, "singing") == [2.0, 2.0]
         # Between two calls, too: a rank that has entered fewer collectives is waited for.

@@ -39,7 +39,7 @@ def test_two_groups_run_collectives_each_among_its_own_ranks():
     pools = [Pool(name, 2, cpus_per_rank=0.1) for name in ("altos", "basses")]
     with reserve(pools, timeout_s=WAIT_S) as placement:
         groups = [
-            RayWorkerGroup(pool.name, make_singer, (), placement, collective=True) for pool in pools
+            RayWorkerGroup(pool.name, make_singer, (), placement, replicas=1) for pool in pools
         ]
         for number, group in enumerate(groups):
             group.wait_ready(WAIT_S)

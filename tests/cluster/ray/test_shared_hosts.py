@@ -220,7 +220,7 @@ def test_an_iteration_moves_the_bytes_that_its_schedule_counts():
 def test_copies_meet_apart_from_one_another():
     with (
         reserve([Pool("choir", 4, cpus_per_rank=0.1)], timeout_s=WAIT_S) as placement,
-        RayWorkerGroup("choir", make_singer, (), placement, collective=True, replicas=2) as group,
+        RayWorkerGroup("choir", make_singer, (), placement, replicas=2) as group,
     ):
         group.wait_ready(WAIT_S)
         places = group.fetch(group.call(Singer.place), WAIT_S, "counting")

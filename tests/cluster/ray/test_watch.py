@@ -166,7 +166,7 @@ def test_of_ranks_in_a_collective_the_one_that_has_not_entered_is_stuck(
     placement: Placement, tmp_path: Path
 ) -> None:
     with (
-        RayWorkerGroup("choir", make_singer, (), placement, collective=True) as choir,
+        RayWorkerGroup("choir", make_singer, (), placement, replicas=1) as choir,
         watched(tmp_path, choir) as found,
     ):
         choir.wait_ready(WAIT_S)

@@ -58,7 +58,7 @@ def calls_of(name: str, layout: str, micro_batches: int, depth: int, stale: int)
         micro_batches,
         depth,
         samples_per_micro_batch=4,
-        num_iterations=2,
+        iterations=range(2),
         max_staleness=stale,
         stage_seconds=WORK,
     )
@@ -113,7 +113,7 @@ def test_what_a_stage_keeps_is_used_up_after_it_on_its_own_rank(name):
 def test_gradients_are_gathered_in_the_order_of_roles_with_processes_of_their_own(name):
     own = {role: Team() for role in (GENERATOR, TEACHER, FAKE_SCORE, DISCRIMINATOR)}
     for micro_batches in (1, 2, 5):
-        alone = order_calls(PROGRAMS[name], own, micro_batches, 2, num_iterations=2)
+        alone = order_calls(PROGRAMS[name], own, micro_batches, 2, iterations=range(2))
         expected = {role: marks(calls, name) for (role, _), calls in by_process(alone).items()}
         assert any(stage.startswith("learn") for _, _, stage, _ in expected[GENERATOR])
         for layout, depth, stale in product(MAPS, (1, 2, 3), (0, 1)):

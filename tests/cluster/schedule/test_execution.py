@@ -97,7 +97,7 @@ class Stand:
             2,
             depth,
             samples_per_micro_batch=4,
-            num_iterations=num_iterations,
+            iterations=range(num_iterations),
             max_staleness=max_staleness,
         )
         return list(execute_schedule(calls, self.groups, self.ask, self.on_report, WAIT_S))

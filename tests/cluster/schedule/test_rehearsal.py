@@ -55,7 +55,7 @@ def test_processes_on_ray_overlap_as_simulated():
 
     pools = [Pool(role, cpus_per_rank=0.1) for role in TEAMS]
     costs = Costs(by_stage(SECONDS), lambda call: 1e5)
-    calls = order_calls(iteration_program(), TEAMS, 4, 3, num_iterations=3)
+    calls = order_calls(iteration_program(), TEAMS, 4, 3, iterations=range(3))
     with reserve(pools, WAIT_S) as placement:
         groups = {role: RayWorkerGroup(role, make_dummy_worker, (), placement) for role in TEAMS}
         for group in groups.values():

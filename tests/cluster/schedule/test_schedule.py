@@ -63,7 +63,7 @@ def calls_of(name: str, number: int, micro_batches: int, depth: int, stale: int)
         micro_batches,
         depth,
         samples_per_micro_batch=4,
-        num_iterations=2,
+        iterations=range(2),
         max_staleness=stale,
     )
 
@@ -281,7 +281,7 @@ def test_of_ranks_that_work_together_one_has_the_result_and_all_have_the_work():
 def test_odd_micro_batches_go_to_replicas_in_turn():
     teams = {GENERATOR: Team(), TEACHER: Team(2, 2), FAKE_SCORE: Team()}
     calls = order_calls(
-        PROGRAMS["shared"], teams, 4, 2, samples_per_micro_batch=[4, 4, 4, 3], num_iterations=8
+        PROGRAMS["shared"], teams, 4, 2, samples_per_micro_batch=[4, 4, 4, 3], iterations=range(8)
     )
     loads = [0, 0]
     for call in calls:

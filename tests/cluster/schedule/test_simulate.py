@@ -97,7 +97,15 @@ def test_calls_in_sequence_take_the_sum_of_all_stages():
 def test_a_late_update_costs_nothing_where_the_next_iteration_may_begin_before_it():
     seconds = {**SECONDS, (FAKE_SCORE, "step"): 6.0, (GENERATOR, "step"): 1.0}
     exact, stale = (
-        run(iteration_program(), seconds, ONE_EACH, m=4, depth=3, num_iterations=9, max_staleness=s)
+        run(
+            iteration_program(),
+            seconds,
+            ONE_EACH,
+            m=4,
+            depth=3,
+            iterations=range(9),
+            max_staleness=s,
+        )
         for s in (0, 1)
     )
     # Exact: every iteration ends with the fake score's track 3 and step, after the last learn.

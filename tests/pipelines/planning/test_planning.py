@@ -647,7 +647,7 @@ class TestSearch:
             split.micro_batches,
             split.depth,
             samples_per_micro_batch=24 // split.micro_batches,
-            num_iterations=2,
+            iterations=range(2),
         )
         whole = simulate(calls, Costs(seconds), split.teams)
         quick = replace(FREE, memory_bandwidth=1e30, gather_bandwidth=1e30)
