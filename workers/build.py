@@ -23,7 +23,7 @@ from workers.clip_settings import VideoSettings
 from workers.compute import prepare_network
 from workers.discriminator import Discriminator
 from workers.discriminator_heads import build_heads
-from workers.evaluator import CHUNK_CLIPS, Evaluator, clips_side_by_side
+from workers.evaluator import CHUNK_CLIPS, Evaluator, SampledNetworks, clips_side_by_side
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.finite import FiniteChecks
 from workers.generator_learner import GeneratorLearner
@@ -53,6 +53,9 @@ from workers.settings import (
 from workers.sharding import shard
 from workers.text_encoder import TextEncoder
 from workers.video_encoder import VideoEncoder
+
+Precision = Literal["fp32", "bf16"]
+"""Type of the weights of a denoiser that is not trained."""
 
 
 def build_generator(
@@ -241,10 +244,9 @@ def build_evaluator(
     schedule: FlowMatchSchedule,
     num_threads: int,
     chunk_clips: int = CHUNK_CLIPS,
-    generator: GeneratorSettings | None = None,
+    weights: GeneratorSettings | Precision = "fp32",
     teacher: str | None = None,
     stored: Mapping[str, NDArray[np.float32]] | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Evaluator:
     """The evaluator, with the weights of the model folder, or of the teacher's, as its base.
 
@@ -254,13 +256,13 @@ def build_evaluator(
         schedule: Noise levels.
         num_threads: Threads of torch.
         chunk_clips: Most clips that are sampled side by side; large ones are fewer.
-        generator: Whose trained weights are sampled; all weights are then in the type of its
-            products, as they are exported. Where adapters are trained, they are kept in the type
-            of its base, once in a process. None: the folder's own are sampled, as `precision` says.
+        weights: Type of the folder's own weights, which are sampled; or the generator whose trained
+            weights are sampled: all weights are then in the type of its products, as they are
+            exported. Where adapters are trained, they are kept in the type of its base, once in a
+            process.
         teacher: Model folder of a teacher of another size, which is then the base.
         stored: Embeddings of all captions that are sampled and of the negative prompt; no text
             encoder is loaded then.
-        precision: Type of the weights, where no generator's are sampled.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -268,20 +270,20 @@ def build_evaluator(
     """
     torch.set_num_threads(num_threads)
     latent_shape = _latent_shape(model, video)
-    dtype = DTYPES[precision if generator is None else generator.compute.precision]
+    generator = weights if isinstance(weights, GeneratorSettings) else None
+    dtype = DTYPES[weights if isinstance(weights, str) else weights.compute.precision]
     network, adapted = sampled_networks(model, generator, teacher, dtype)
     embedder = None if stored else caption_embedder(model)
     cells, patch = latent_shape[1:], network.patch_size
     tokens = prod(-(-size // own) for size, own in zip(cells, patch, strict=True))
     return Evaluator(
-        network,
+        SampledNetworks(network, adapted),
         TextEncoder(embedder or partial(caption_embedder, model), model.text_length, stored=stored),
         loaded_autoencoder(model),
         schedule,
         latent_shape,
         model.negative_prompt,
         clips_side_by_side(chunk_clips, tokens),
-        adapted,
         None if embedder is None else embedder.network,
     )
 

@@ -12,6 +12,7 @@ of sampling see the same noise when they use the same seed, however the captions
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from traceback import clear_frames
 from typing import Protocol, Self
 
@@ -102,38 +103,49 @@ def sample_video(
     return decoder.decode(latents).float().cpu()
 
 
+@dataclass(frozen=True, slots=True)
+class SampledNetworks:
+    """Networks of an evaluator.
+
+    Attributes:
+        base: The base model's denoiser, which an evaluator freezes.
+        adapted: Network that other weights are put into, where these are adapters of the base
+            model or weights of another size; None puts them into the base model.
+    """
+
+    base: nn.Module
+    adapted: nn.Module | None = None
+
+
 class Evaluator:
     """Samples with the base model, or with other weights in its place.
 
     Args:
-        velocity_model: The base model's denoiser; it is frozen here.
+        networks: The base model's network, and that of other weights.
         text_encoder: Embeds captions.
         decoder: Turns latents into pixels.
         schedule: Noise levels of the sampler.
         latent_shape: Shape (C, T, H, W) of one clip's latents.
         negative_prompt: What guidance leads away from.
         chunk_clips: Clips that are sampled side by side.
-        adapted: Network that other weights are put into, where these are adapters of the base
-            model or weights of another size; None puts them into the base model.
         captions_network: Network of `text_encoder`, to be in main memory while clips are sampled.
     """
 
     def __init__(
         self,
-        velocity_model: nn.Module,
+        networks: SampledNetworks,
         text_encoder: TextEncoder,
         decoder: VideoDecoder,
         schedule: FlowMatchSchedule,
         latent_shape: tuple[int, int, int, int],
         negative_prompt: str = "",
         chunk_clips: int = CHUNK_CLIPS,
-        adapted: nn.Module | None = None,
         captions_network: nn.Module | None = None,
     ) -> None:
-        self._other = (velocity_model if adapted is None else adapted).eval()
+        self._other = (networks.adapted or networks.base).eval()
         # Frozen ones stay: the base of adapters, and an expert that was not trained.
         self._replaced = parameters_of(self._other)
-        self._network = velocity_model.eval().requires_grad_(False)
+        self._network = networks.base.eval().requires_grad_(False)
         # Its parameters are elsewhere while others take their place.
         self._device = device_of(self._network)
         self._text_encoder = text_encoder

@@ -1,42 +1,52 @@
 """Commands that make models of models: `sgmd export`, `import`, `experts`, `transition`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from pipelines.commands.options import Json
+from pipelines.commands.options import Json, OptionGroup, expand_groups
 from pipelines.commands.output import progress_bar, show
 
 if TYPE_CHECKING:
     from pipelines.exporting.export import ExportResult
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportArguments(OptionGroup):
+    """Options of `sgmd export` by their names in `ExportOptions`."""
+
+    form: Annotated[
+        str,
+        typer.Option("--format", help="diffusers, single-file, comfyui, lora or lora-comfyui"),
+    ] = "diffusers"
+    dtype: Annotated[str, typer.Option(help="Type of the weights: bf16, fp16 or fp32")] = "bf16"
+    components: Annotated[
+        str,
+        typer.Option(help="Text encoder and autoencoder: link, copy or none (diffusers only)"),
+    ] = "link"
+    rank: Annotated[int | None, typer.Option(help="Rank of a LoRA of all weights; default 64")] = (
+        None
+    )
+
+
 _MUCH = 0.05
 """Share of the change that rounding may lose without a word."""
 
 
+@expand_groups
 def export_command(
     model: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run, finished or not, or a model folder.")
     ],
+    *,
     checkpoint: Annotated[
         str | None, typer.Option(help="last, best or an iteration; default: the newest")
     ] = None,
-    form: Annotated[
-        str,
-        typer.Option("--format", help="diffusers, single-file, comfyui, lora or lora-comfyui"),
-    ] = "diffusers",
+    form: ExportArguments,
     output: Annotated[
         Path | None, typer.Option(help="Folder, replaced whole; default RUN/exports/FORMAT")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: bf16, fp16 or fp32")] = "bf16",
-    components: Annotated[
-        str,
-        typer.Option(help="Text encoder and autoencoder: link, copy or none (diffusers only)"),
-    ] = "link",
-    rank: Annotated[
-        int | None, typer.Option(help="Rank of a LoRA of all weights; default 64")
     ] = None,
     base: Annotated[
         Path | None, typer.Option(help="Model that it was trained from; default: the run's")
@@ -48,7 +58,7 @@ def export_command(
     The folder has a model card, README.md, with the code that samples it.
     """
     with progress_bar() as on_progress:
-        from pipelines.exporting.export import Components, ExportOptions, export
+        from pipelines.exporting.export import ExportOptions, export
         from pipelines.run.places import shared_place
 
         result = export(
@@ -56,7 +66,7 @@ def export_command(
             checkpoint=checkpoint,
             base=base,
             output=output,
-            options=ExportOptions(form, dtype, cast(Components, components), rank),
+            options=ExportOptions(**form.given()),
             on_progress=on_progress,
         )
     data = {

@@ -39,6 +39,75 @@ class EvaluateArguments(OptionGroup):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClipArguments(OptionGroup):
+    """Options of which clips are sampled: one for each prompt and seed."""
+
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Caption of a clip; may be given more than once")
+    ] = None
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="File of prompts: .txt with one per line, .csv, .tsv, .json, .jsonl, ..."
+        ),
+    ] = None
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Seed of the initial noise; may be given more than once; default 0"),
+    ] = None
+    num_clips: Annotated[
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="Clips of each prompt, with successive seeds"),
+    ] = None
+
+    def captions(self) -> list[str]:
+        """Returns all prompts; ConfigError where there is none."""
+        from pipelines.data.making.caption_file import read_prompts
+
+        found = [
+            *(self.prompt or []),
+            *([] if self.prompts is None else read_prompts(self.prompts)),
+        ]
+        if not found:
+            raise ConfigError(
+                "generating clips",
+                "no prompt",
+                "something to show",
+                "Give --prompt or --prompts FILE",
+            )
+        return found
+
+    def seeds(self) -> list[int]:
+        """Returns the seeds of each prompt; ConfigError where two options name them."""
+        given = self.seed or [0]
+        if self.num_clips is None:
+            return given
+        if len(given) > 1:
+            raise ConfigError(
+                "generating clips",
+                f"--num-clips {self.num_clips} and {len(given)} seeds",
+                "one of them, as clips come from following seeds",
+            )
+        return [given[0] + number for number in range(self.num_clips)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightArguments(OptionGroup):
+    """Options of which weights of a model are sampled."""
+
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Checkpoint of a run: last, best or an iteration")
+    ] = None
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[@STRENGTH]",
+            help="LoRA to merge into the model: a .safetensors file; may be given more than once",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateArguments(OptionGroup):
     """Options of `sgmd generate` by their names in `SamplingOptions`."""
 
@@ -105,44 +174,16 @@ def evaluate_command(
     show(result.model_dump(mode="json"), as_json, table(result), lines)
 
 
-Loras = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="FILE[@STRENGTH]",
-        help="LoRA to merge into the model: a .safetensors file; may be given more than once",
-    ),
-]
-
-
 @expand_groups
 def generate_command(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A model folder, or a finished run.")
     ],
     *,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Caption of a clip; may be given more than once")
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="File of prompts: .txt with one per line, .csv, .tsv, .json, .jsonl, ..."
-        ),
-    ] = None,
+    clips: ClipArguments,
     output: Annotated[Path, typer.Option(help="Folder for the clips")] = Path("clips"),
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(help="Seed of the initial noise; may be given more than once; default 0"),
-    ] = None,
-    num_clips: Annotated[
-        int | None,
-        typer.Option(min=1, max=1_000_000, help="Clips of each prompt, with successive seeds"),
-    ] = None,
     sampling: GenerateArguments,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Checkpoint of a run: last, best or an iteration")
-    ] = None,
-    lora: Loras = None,
+    weights: WeightArguments,
     zoom: Annotated[int | None, typer.Option(help="Enlarge the files this many times")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     as_json: Json = False,
@@ -156,20 +197,20 @@ def generate_command(
             from pipelines.exporting.sampled import LoraSource, sampled_folder
 
         logging.disable_progress_bar()
-        shown = _prompts(prompt or [], prompts)
-        loras = [LoraSource.parse(text) for text in lora or []]
-        with sampled_folder(model, checkpoint=checkpoint, loras=loras) as folder:
-            clips = job.generate(
+        shown = clips.captions()
+        loras = [LoraSource.parse(text) for text in weights.lora or []]
+        with sampled_folder(model, checkpoint=weights.checkpoint, loras=loras) as folder:
+            made = job.generate(
                 folder,
                 shown,
                 output=output,
-                seed=_seeds(seed or [0], num_clips),
+                seed=clips.seeds(),
                 options=job.SamplingOptions(**sampling.given()),
                 zoom=zoom,
                 device=device,
                 on_progress=lambda done, total: on_progress("denoising steps", done, total),
             )
-            rows = [_clip_record(clip) for clip in clips]
+            rows = [_clip_record(clip) for clip in made]
     show(rows, as_json, "\n".join(path for row in rows for path in row["paths"]))
 
 
@@ -183,29 +224,6 @@ def _clip_record(clip: "GeneratedClip") -> dict[str, Any]:
         "paths": [shared_place(path) for path in clip.paths],
         "seconds": clip.seconds,
     }
-
-
-def _prompts(given: list[str], file: str | None) -> list[str]:
-    from pipelines.data.making.caption_file import read_prompts
-
-    found = given + ([] if file is None else read_prompts(file))
-    if not found:
-        raise ConfigError(
-            "generating clips", "no prompt", "something to show", "Give --prompt or --prompts FILE"
-        )
-    return found
-
-
-def _seeds(given: list[int], num_clips: int | None) -> list[int]:
-    if num_clips is None:
-        return given
-    if len(given) > 1:
-        raise ConfigError(
-            "generating clips",
-            f"--num-clips {num_clips} and {len(given)} seeds",
-            "one of them, as clips come from following seeds",
-        )
-    return [given[0] + number for number in range(num_clips)]
 
 
 def report_command(

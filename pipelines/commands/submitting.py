@@ -3,14 +3,15 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from pipelines.commands import comparing, data, results, runs, sweeping
-from pipelines.commands.options import Json, RemoteCommand
+from pipelines.commands.options import Json, OptionGroup, RemoteCommand, expand_groups
 from pipelines.commands.output import plain_printer, show, working
 from sgmd_core.errors import ConfigError
 
@@ -38,8 +39,33 @@ SubmittedArguments = Annotated[
 ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobArguments(OptionGroup):
+    """Options of how a job is sent."""
+
+    output_root: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SGMD_OUTPUT_ROOT",
+            help="Folder or s3://bucket/prefix of the cluster at which relative outputs begin",
+        ),
+    ] = None
+    working_dir: Annotated[
+        Path | None, typer.Option(help="Source tree to send; default: this one")
+    ] = None
+    env: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of an environment variable to send; may be repeated"),
+    ] = None
+    retries: Annotated[
+        int, typer.Option(min=0, max=1000, help="Number of times to restart a failed job")
+    ] = 0
+
+
+@expand_groups
 def submit_command(
     arguments: SubmittedArguments = None,
+    *,
     command: Annotated[
         str, typer.Option(help="distill, sweep, study, pretrain, encode or evaluate")
     ] = "distill",
@@ -47,23 +73,7 @@ def submit_command(
         str | None,
         typer.Option(help=f"The cluster's dashboard; default: RAY_ADDRESS, or {_DEFAULT_ADDRESS}"),
     ] = None,
-    output_root: Annotated[
-        str | None,
-        typer.Option(
-            envvar="SGMD_OUTPUT_ROOT",
-            help="Folder or s3://bucket/prefix of the cluster at which relative outputs begin",
-        ),
-    ] = None,
-    working_dir: Annotated[
-        Path | None, typer.Option(help="Source tree to send; default: this one")
-    ] = None,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(help="Name of an environment variable to send; may be repeated"),
-    ] = None,
-    retries: Annotated[
-        int, typer.Option(min=0, max=1000, help="Number of times to restart a failed job")
-    ] = 0,
+    sent: JobArguments,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return once the cluster has accepted the job.")
     ] = False,
@@ -84,15 +94,7 @@ def submit_command(
         if follow is not None:
             job_id = follow
         else:
-            job_id = _submitted(
-                console,
-                _requested(command, arguments or []),
-                address=address,
-                **({} if working_dir is None else {"working_dir": working_dir}),
-                output_root=output_root,
-                forward=env or [],
-                retries=retries,
-            )
+            job_id = _submitted(console, _requested(command, arguments or []), address, sent)
         if not detach:
             _followed(address, job_id, quiet=wait)
         asks_only = detach and follow is not None
@@ -106,14 +108,23 @@ def _dashboard_of_ray() -> str:
     return given if given.startswith("http") else _DEFAULT_ADDRESS
 
 
-def _submitted(console: Console, request: "JobRequest", *, address: str, **options: Any) -> str:  # noqa: ANN401 - options of submit
+def _submitted(console: Console, request: "JobRequest", address: str, sent: JobArguments) -> str:
+    from pipelines.config.model_folders import PROJECT_ROOT
     from pipelines.submitting import job
 
     say = plain_printer(console)
-    sent = job.submit(request, address=address, tell=say, **options)
-    say(f"submitted {sent.job_id} to {address}; come back to it with:")
-    say(f"  sgmd submit --follow {sent.job_id} --address {address}")
-    return sent.job_id
+    accepted = job.submit(
+        request,
+        address=address,
+        working_dir=sent.working_dir or PROJECT_ROOT,
+        output_root=sent.output_root,
+        forward=sent.env or [],
+        retries=sent.retries,
+        tell=say,
+    )
+    say(f"submitted {accepted.job_id} to {address}; come back to it with:")
+    say(f"  sgmd submit --follow {accepted.job_id} --address {address}")
+    return accepted.job_id
 
 
 def _followed(address: str, job_id: str, *, quiet: bool) -> None:

@@ -98,7 +98,6 @@ def open_groups(
     num_rows: int,
     *,
     in_trial: bool = False,
-    tell: Callable[[str], None] = lambda words: None,
     events: EventLog | None = None,
     service: str = "",
 ) -> Iterator[Groups]:
@@ -111,8 +110,8 @@ def open_groups(
         progress: Where the run stands in its data.
         num_rows: Captions that it will still take.
         in_trial: Take over the placement group of the Tune trial that this process is.
-        tell: Called with one sentence when the Ray cluster is lost, or a machine may lack memory.
-        events: Receives the processes that the watch has ended; None: nothing is watched.
+        events: Receives the processes that the watch has ended, and its observer a warning when the
+            Ray cluster is lost or a machine may lack memory; None: nothing is watched.
         service: Name of a `cluster.ray.service` that has the frozen roles; empty: own ones.
 
     Raises:
@@ -122,6 +121,7 @@ def open_groups(
     with ExitStack() as stack:
         opener: _Opener = _LocalOpener()
         if config.topology.mode != "local":
+            tell = _no_words if events is None else events.observer.warning
             placement = _placed(stack, config, checked, tell, in_trial=in_trial, lent=bool(service))
             opener = _ray_opener(config, placement, service)
         groups = _open(opener, stack, config, checked, folder, progress, num_rows)
@@ -132,6 +132,10 @@ def open_groups(
             stack.enter_context(watch_groups(watched, config.topology, limit_s, folder, events))
         _wait_ready(groups.all, config.topology.start_timeout_s)
         yield groups
+
+
+def _no_words(words: str) -> None:
+    """Ignores a warning."""
 
 
 def _placed(

@@ -274,7 +274,6 @@ def _place_and_train(
             progress,
             rows_left,
             in_trial=job.in_trial,
-            tell=observer.warning,
             events=events,
             service=job.service,
         ) as groups,

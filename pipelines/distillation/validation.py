@@ -136,7 +136,7 @@ def build_validator(
         video,
         schedule,
         num_threads,
-        generator=generator,
+        weights=generator,
         teacher=teacher,
         stored=stored,
     )

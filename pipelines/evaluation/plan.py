@@ -9,7 +9,6 @@ import logging
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -26,7 +25,7 @@ from pipelines.run.outputs import require_output_folder
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, FlowMatchSchedule
-from workers.build import build_evaluator, encoder_dtype
+from workers.build import Precision, build_evaluator, encoder_dtype
 from workers.clip_settings import VideoSettings
 from workers.evaluator import TOKENS_SIDE_BY_SIDE, Evaluator
 from workers.kept_clips import clip_facts
@@ -45,7 +44,6 @@ _WHY = {"teacher_steps": f": {WHY_MAX_STEPS}"}
 _CACHE_FOLDER = "evaluation-cache"
 _log = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "bf16"]
 _FEWEST_CAPTIONS = 2
 _MOST_CAPTIONS = 256
 
@@ -142,7 +140,7 @@ class Subject:
             self.schedule,
             options.threads,
             options.batch_size,
-            precision=self.precision,
+            weights=self.precision,
         )
         if evaluator.chunk_clips < options.batch_size:
             _log.warning(

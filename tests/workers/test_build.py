@@ -74,14 +74,14 @@ def test_a_validator_in_bfloat16_samples_what_the_export_in_bfloat16_does(model,
         handed, whole = generator.validated_weights(), generator.final_weights()
         kept = WanFamily.traits.keep_fp32
         assert same_bits(handed, narrowed(whole, DTYPES[precision], kept))
-        own = build_evaluator(model, VIDEO, schedule, threads, generator=settings)
+        own = build_evaluator(model, VIDEO, schedule, threads, weights=settings)
         before = own.sample(CAPTIONS, 0, 1, 2, 4.0)
         clips[precision] = own.sample(CAPTIONS, 0, 1, 2, 1.0, handed)
         assert {value.dtype for value in own._replaced.values()} == {
             value.dtype for value in handed.values()
         }
         exported = build_evaluator(
-            ModelSettings(str(folder), TEXT_LENGTH), VIDEO, schedule, threads, generator=settings
+            ModelSettings(str(folder), TEXT_LENGTH), VIDEO, schedule, threads, weights=settings
         )
         assert torch.equal(exported.sample(CAPTIONS, 0, 1, 2, 1.0), clips[precision])
         # The base's own weights are in use again.

@@ -19,7 +19,7 @@ from sgmd_core.worlds.readings import motion_of, read_clips
 from tests.helpers.roles import same_bits, weights
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
 from workers.clip_sets import ClipRequest, sample_clip_set
-from workers.evaluator import Evaluator, to_pixels
+from workers.evaluator import Evaluator, SampledNetworks, to_pixels
 from workers.measures import CLIP_MEASURES, MOTION_MEASURES, measure_clip_figures
 from workers.samplings import Sampling
 from workers.set_measures import motion_figures
@@ -57,7 +57,7 @@ class PlainDecoder:
 
 def _evaluator(chunk_clips: int = 2, seed: int = 3) -> Evaluator:
     return Evaluator(
-        tiny_velocity(seed),
+        SampledNetworks(tiny_velocity(seed)),
         TextEncoder(LetterEmbedder(), TEXT_LENGTH),
         PlainDecoder(),
         FlowMatchSchedule(),
