@@ -1,6 +1,5 @@
 """What the tests of several packages share: Ray, started once a session and only when needed."""
 
-import atexit
 import gc
 import logging
 import os
@@ -23,6 +22,8 @@ from urllib.request import urlopen
 import pytest
 import typer.testing
 
+# The first, as it has to come before all that register something for the end of the process.
+from tests.helpers.ending import end_without_clearing
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, serve_faulty
 from tests.helpers.forked_python import (
     forked_python,
@@ -32,11 +33,6 @@ from tests.helpers.forked_python import (
 )
 from tests.helpers.remembered_checks import remember_checks
 from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3, use_server
-
-# Registered before any library's, it is called after all of them. A process of tests takes four
-# seconds of a core to clear, object by object, what the system clears anyway.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    atexit.register(os._exit, 0)
 
 # OpenMP reads both when torch is loaded. There are more processes than cores: threads that wait for
 # one another by turning take sixty times as long there.
@@ -58,8 +54,10 @@ _HEAD_START_TIMEOUT_S = 180.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Has one server for all processes of tests that are started side by side."""
-    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+    """Has one server for all processes of tests that are side by side, and ends these early."""
+    if hasattr(config, "workerinput"):
+        end_without_clearing()
+    elif getattr(config.option, "numprocesses", None):
         share_forked_python()
 
 
