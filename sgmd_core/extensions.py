@@ -39,7 +39,8 @@ class Extension:
         """
         try:
             return self.point.load()
-        except Exception as error:
+        # A module that asks for something else may exit.
+        except (Exception, SystemExit) as error:
             found = f"{type(error).__name__}: {error}"
             raise self.refusal(found, expected) from error
 

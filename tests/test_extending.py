@@ -4,15 +4,17 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import yaml
 
+from pipelines.config.methods import load_method
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import Objective
@@ -27,9 +29,9 @@ from tests.helpers.small_network import (
     with_leaf,
     x0_prediction,
 )
-from tests.helpers.toy_family import write_toy
+from tests.helpers.toy_family import ToyFamily, write_toy
 from workers.measures import ENTRY_POINTS, MEASURES, load_measure, measure_source
-from workers.models.families import families
+from workers.models.families import families, load_family
 from workers.models.family import Denoiser, ModelFamily
 from workers.models.shape import DenoiserShape
 
@@ -199,11 +201,61 @@ def test_a_measure_whose_function_has_no_source_file_is_refused():
         load_measure(point, MEASURES)
 
 
+@dataclass(frozen=True)
+class Unnamed(PseudoHuberObjective):
+    method: str = field(default_factory=str)  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class Unreadable(PseudoHuberObjective):
+    method: Literal["unreadable"] = "unreadable"  # pyright: ignore
+    table: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Undefined(PseudoHuberObjective):
+    method: Literal["undefined"] = "undefined"  # pyright: ignore
+    table: "Unknown | None" = None  # noqa: F821  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Unnamed", "a field method without its name as default"),
+        ("Unreadable", "generate pydantic-core schema for .*torch.Tensor"),
+        ("Undefined", "name 'Unknown' is not defined"),
+    ],
+)
+def test_an_objective_whose_fields_no_recipe_can_hold_is_refused(name, words):
+    point = EntryPoint("odd", f"{__name__}:{name}", "sgmd.objectives")
+    with pytest.raises(ConfigError, match=rf"^While loading the method odd .*{words}") as caught:
+        load_method(point)
+    assert "\n" not in caught.value.found
+
+
+def test_a_package_that_exits_when_it_is_imported_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "package_that_exits.py").write_text("import sys\nsys.exit('no licence')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    point = EntryPoint("odd", "package_that_exits:A", ENTRY_POINTS)
+    with pytest.raises(ConfigError, match="SystemExit: no licence"):
+        load_measure(point, MEASURES)
+
+
+class WithoutTraits(ToyFamily):
+    traits = None  # pyright: ignore
+
+
+def test_a_family_without_traits_is_refused():
+    point = EntryPoint("odd", f"{__name__}:WithoutTraits", "sgmd.families")
+    with pytest.raises(ConfigError, match=r"traits None\. Expected an object of"):
+        load_family(point)
+
+
 LEFT_OUT = """
 from pipelines.config.recipe import load_recipe
 from sgmd_core.errors import ConfigError
 from workers.measures import MEASURES
-from workers.models.families import families
+from workers.models.families import families, load_family
 
 load_recipe("tiny")
 print(len(MEASURES), len(families()), len(families()))

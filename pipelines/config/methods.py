@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Tag, TypeAdapter
 
 from sgmd_core.extensions import Extension, load_extensions
 from sgmd_core.objectives import GradientPath, Objective
@@ -76,8 +76,8 @@ def load_method(point: EntryPoint, others: Sequence[type[Objective]] = _OWN) -> 
         others: Methods whose names are taken.
 
     Raises:
-        ConfigError: It cannot be imported, is not a dataclass with what `Objective` asks for, or
-            takes the name of a method that there is.
+        ConfigError: It cannot be imported, is not a dataclass with what `Objective` asks for, has
+            a field that no recipe can hold, or takes the name of a method that there is.
     """
     extension = Extension("method", point)
     objective = extension.load("an objective class")
@@ -88,8 +88,16 @@ def load_method(point: EntryPoint, others: Sequence[type[Objective]] = _OWN) -> 
             f"{objective!r} without {', '.join(missing) or 'a field method'}",
             "a frozen dataclass as in sgmd_core/objectives/sgmd.py",
         )
+    if not isinstance(fields["method"].default, str):
+        found = "a field method without its name as default"
+        raise extension.refusal(found, 'for example method: Literal["own"] = "own"')
     if method_name(objective) in {method_name(other) for other in others}:
         raise extension.refusal(f"a second {method_name(objective)}", "a name of its own")
+    try:
+        TypeAdapter(objective).rebuild(raise_errors=True)
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise extension.refusal(found, "fields that a recipe can hold") from error
     return objective
 
 

@@ -190,6 +190,8 @@ def load_family(point: EntryPoint, others: Sequence[ModelFamily] = _OWN) -> Mode
     if missing:
         found = f"{family!r} without {', '.join(missing)}"
         raise extension.refusal(found, "the members of sgmd.ModelFamily")
+    if not isinstance(family.traits, FamilyTraits):
+        raise extension.refusal(f"traits {family.traits!r}", "an object of sgmd.FamilyTraits")
     for other in others:
         same_class = other.traits.layout.pipeline_class == family.traits.layout.pipeline_class
         if other.name == family.name or same_class:
