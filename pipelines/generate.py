@@ -228,7 +228,6 @@ def _clips(
     """Samples and writes clip by clip; a request is a numbered prompt and a seed."""
     total = len(requests) * settings.num_steps
     digits = max(2, len(str(requests[-1][0][0])))
-    how = settings.model_dump(exclude={"fps", "trained_sizes"})
     for number, ((index, prompt), chosen) in enumerate(requests):
         before = number * settings.num_steps
 
@@ -236,7 +235,19 @@ def _clips(
             on_progress(before + step, total)
 
         began = time.perf_counter()
-        frames = sampler.sample(SampleRequest(prompt=prompt, seed=chosen, **how), on_step)
+        request = SampleRequest(
+            prompt=prompt,
+            seed=chosen,
+            num_steps=settings.num_steps,
+            guidance_scale=settings.guidance_scale,
+            schedule=settings.schedule,
+            text_length=settings.text_length,
+            negative_prompt=settings.negative_prompt,
+            num_frames=settings.num_frames,
+            height=settings.height,
+            width=settings.width,
+        )
+        frames = sampler.sample(request, on_step)
         seconds = time.perf_counter() - began
         paths = files.write(f"{index:0{digits}d}-{_slug(prompt)}-seed{chosen}", frames)
         yield GeneratedClip(prompt, chosen, paths, frames, seconds)

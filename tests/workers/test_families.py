@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
+from sgmd_core.schedule import FlowMatchSchedule
 from tests.helpers import tiny_ltx, tiny_wan
 from tests.helpers.families import installed_family
 from tests.helpers.moves import assert_moves, relative_error
@@ -452,7 +453,7 @@ def test_a_seed_is_a_clip(case):
             seed=seed,
             num_steps=2,
             guidance_scale=2.0,
-            flow_shift=flow_shift,
+            schedule=FlowMatchSchedule(shift=flow_shift),
             text_length=TEXT_LENGTH,
             negative_prompt="",
             num_frames=frames,
@@ -484,7 +485,7 @@ def test_an_export_is_sampled_as_the_generator_was_trained(case, tmp_path):
         seed=0,
         num_steps=4,
         guidance_scale=2.0,
-        flow_shift=3.0,
+        schedule=FlowMatchSchedule(shift=3.0),
         text_length=TEXT_LENGTH,
         negative_prompt=CAPTIONS[1],
         num_frames=frames,
@@ -495,7 +496,11 @@ def test_an_export_is_sampled_as_the_generator_was_trained(case, tmp_path):
     ours = EulerSampler(*networks, codec, checked.latent_shape)
     found, other_seed, other_shift = (
         ours.sample(one).astype(int)
-        for one in (request, replace(request, seed=1), replace(request, flow_shift=1.0))
+        for one in (
+            request,
+            replace(request, seed=1),
+            replace(request, schedule=FlowMatchSchedule(shift=1.0)),
+        )
     )
     apart = abs(found - theirs).mean()
     # Wan's scheduler rounds noise levels, by up to 0.001.
@@ -517,14 +522,14 @@ def test_a_sampler_of_diffusers_renoises_as_ours_does_and_only_where_it_is_asked
         seed=0,
         num_steps=3,
         guidance_scale=1.0,
-        flow_shift=3.0,
+        schedule=FlowMatchSchedule(shift=3.0),
         text_length=TEXT_LENGTH,
         negative_prompt="",
         num_frames=frames,
         height=height,
         width=width,
     )
-    anew = replace(plain, renoise=True)
+    anew = replace(plain, schedule=FlowMatchSchedule(shift=3.0, renoise=True))
     sampler = case.family.open_sampler(case.folder, "cpu")
     before = sampler.sample(plain).astype(int)
     theirs, again = (sampler.sample(anew).astype(int) for _ in range(2))

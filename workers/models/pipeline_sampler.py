@@ -35,7 +35,7 @@ class PipelineSampler:
             on_step(step + 1)
             return tensors
 
-        self._set_flow_shift(request.flow_shift)
+        self._set_flow_shift(request.schedule.shift)
         plain, schedule, scale = self._pipeline.scheduler, request.schedule, request.guidance_scale
         renoises = schedule.renoises(scale)
         if request.listed or renoises:

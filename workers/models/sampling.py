@@ -59,49 +59,30 @@ class SampleRequest:
         seed: Seed of the initial noise, drawn on the CPU: the same clip on every machine.
         num_steps: Denoising steps.
         guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is the conditional prediction alone.
-        flow_shift: Shift of the noise levels.
+        schedule: Noise levels of the sampler.
         text_length: Text positions that the denoiser sees.
         negative_prompt: What guidance leads away from.
         num_frames: Video frames.
         height: Pixels.
         width: Pixels.
-        steps: Raw levels of as many unguided steps, as in `FlowMatchSchedule`; None: equal ones.
-        warp_steps: Whether the shift moves them.
-        renoise: As in `FlowMatchSchedule`.
     """
 
     prompt: str
     seed: int
     num_steps: int
     guidance_scale: float
-    flow_shift: float
+    schedule: FlowMatchSchedule
     text_length: int
     negative_prompt: str
     num_frames: int
     height: int
     width: int
-    steps: tuple[int, ...] | None = None
-    warp_steps: bool = True
-    renoise: bool = False
-
-    @property
-    def schedule(self) -> FlowMatchSchedule:
-        """Noise levels of the sampler."""
-        return FlowMatchSchedule(
-            shift=self.flow_shift,
-            steps=self.steps,
-            warp_steps=self.warp_steps,
-            renoise=self.renoise,
-        )
 
     @property
     def listed(self) -> bool:
-        """True if the levels are those of `steps`."""
-        return (
-            self.steps is not None
-            and len(self.steps) == self.num_steps
-            and self.guidance_scale == 1
-        )
+        """True if the levels are those that the schedule lists, which are for unguided steps."""
+        steps = self.schedule.steps
+        return steps is not None and len(steps) == self.num_steps and self.guidance_scale == 1
 
 
 class ClipSampler(Protocol):
