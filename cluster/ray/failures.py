@@ -7,9 +7,9 @@ collectives fail with their partners: see `cluster.ray.partners`.
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 from weakref import WeakSet
 
 import ray
@@ -25,11 +25,9 @@ from ray.exceptions import (
 
 from cluster.errors import RemoteCallError, ResultLostError
 from cluster.ray.deaths import death_of, lost_machine
+from cluster.ray.future import RayFuture
 from cluster.ray.partners import Partner, dead_partner
 from cluster.ray.progress import read_report
-
-if TYPE_CHECKING:
-    from cluster.ray.group import RayFuture, RayWorkerGroup
 
 _PATIENCE_S = 5.0
 # Of Ray's text about an error that it has met in a process: the last is where it began.
@@ -42,11 +40,22 @@ _FULL_STORE = (
     "folder (`df`); `ray memory` shows what fills the store",
 )
 
-OPEN_GROUPS: "WeakSet[RayWorkerGroup[Any]]" = WeakSet()
+
+class OpenGroup(Protocol):
+    """Ranks that a machine's loss may concern, such as a `cluster.ray.group.RayWorkerGroup`."""
+
+    name: str
+
+    def processes(self) -> Iterator[tuple[Any, str]]:
+        """Ray's handle of each rank, and a name for those it runs collectives with."""
+        ...
+
+
+OPEN_GROUPS: WeakSet[OpenGroup] = WeakSet()
 """Groups of this process: a machine that is lost may have had ranks of all of them."""
 
 
-def late_call(futures: "Sequence[RayFuture[Any]]") -> tuple[str, int, str]:
+def late_call(futures: Sequence[RayFuture[Any]]) -> tuple[str, int, str]:
     """Group, rank and method to blame for a timeout: the call that runs, not one that waits for it.
 
     The first future is named where all have finished just now.
@@ -65,7 +74,7 @@ def late_call(futures: "Sequence[RayFuture[Any]]") -> tuple[str, int, str]:
     return late.group, late.rank, late.method
 
 
-def first_failure(futures: "Sequence[RayFuture[Any]]") -> RayError | None:
+def first_failure(futures: Sequence[RayFuture[Any]]) -> RayError | None:
     """Failure of the first future that has one; open futures are waited for only briefly."""
     deadline_s = time.monotonic() + _PATIENCE_S
     for future in futures:
@@ -90,7 +99,7 @@ def open_processes() -> dict[str, tuple[str, int]]:
     }
 
 
-def _partners(futures: "Sequence[RayFuture[Any]]") -> dict[str, Partner]:
+def _partners(futures: Sequence[RayFuture[Any]]) -> dict[str, Partner]:
     """All ranks that run collectives in the groups of futures, by actor id."""
     names = {group for future in futures for group, _ in future.ranks.values()}
     return {
@@ -102,7 +111,7 @@ def _partners(futures: "Sequence[RayFuture[Any]]") -> dict[str, Partner]:
     }
 
 
-def raise_cause(error: RayError, futures: "Sequence[RayFuture[Any]]", attempted: str) -> NoReturn:
+def raise_cause(error: RayError, futures: Sequence[RayFuture[Any]], attempted: str) -> NoReturn:
     """Raises what happened in a rank as itself, not in Ray's wrapping.
 
     An error passes through every call that depends on the failed one; each wraps it once more.
@@ -139,9 +148,7 @@ def raise_cause(error: RayError, futures: "Sequence[RayFuture[Any]]", attempted:
     raise cause from None
 
 
-def _beside_calls(
-    error: RayError, cause: BaseException, futures: "Sequence[RayFuture[Any]]"
-) -> str:
+def _beside_calls(error: RayError, cause: BaseException, futures: Sequence[RayFuture[Any]]) -> str:
     """Says where an error came from that no call has noted: Ray met it, as where it packs results.
 
     Returns:

@@ -31,6 +31,7 @@ from cluster.joined import JoinedFuture
 from cluster.ray.batch import CallAnswer, HostBatch
 from cluster.ray.direct import Direct
 from cluster.ray.failures import OPEN_GROUPS, first_failure, late_call, raise_cause
+from cluster.ray.future import RayFuture
 from cluster.ray.host import ArgLayout, CallSpec, LocalRef, SplitArgument, part_of_batch
 from cluster.ray.hosts import Hosts, OwnedResult
 from cluster.ray.topology import Placement
@@ -39,7 +40,6 @@ from cluster.transfer import array_in, from_wire, pack, to_wire, unpack
 from cluster.worker_group import (
     Future,
     R,
-    R_co,
     W,
     WorkerGroup,
     current_batch,
@@ -50,32 +50,6 @@ from cluster.worker_group import (
 Ts = TypeVarTuple("Ts")
 
 _ANSWER_TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RayFuture(Future[R_co]):
-    """A reference to a result that stays in the object store, or in its process.
-
-    Attributes:
-        answer: Has Ray's reference, once the call is made; dropping the last future of it frees the
-            value.
-        ranks: (group, rank) by actor id of every actor that this result depends on, so that the
-            death of any of them can be named.
-        owned: Where the value is if it has stayed in its process.
-        sent: Has the reference for other processes, where it was sent as well.
-        entry: Which of the small results of a batch it is; None: the value itself.
-    """
-
-    answer: CallAnswer
-    ranks: Mapping[str, tuple[str, int]]
-    owned: OwnedResult | None = None
-    sent: CallAnswer | None = None
-    entry: int | None = None
-
-    @property
-    def reference(self) -> ray.ObjectRef:
-        """Ray's reference."""
-        return self.answer.require()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.ray.group import RayFuture, RayWorkerGroup
+from cluster.ray.future import RayFuture
+from cluster.ray.group import RayWorkerGroup
 from cluster.ray.hosts import Hosts
 from cluster.worker_group import Future
 

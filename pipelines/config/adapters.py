@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
 
-from pipelines.config.model_folders import models_of_roles, same_model
+from pipelines.config.model_folders import same_model
+from pipelines.config.recipe_sections import RecipeSections
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import TopologySettings
 
-if TYPE_CHECKING:
-    from pipelines.config.recipe import DistillConfig
 
-
-def adapted_roles(config: "DistillConfig") -> tuple[str, ...]:
+def adapted_roles(config: RecipeSections) -> tuple[str, ...]:
     """Roles that train adapters."""
     found = {GENERATOR: config.generator.lora, FAKE_SCORE: config.fake_score.lora}
     return tuple(role for role, lora in found.items() if lora is not None)
@@ -24,16 +21,16 @@ def share_process(topology: TopologySettings, first: str, second: str) -> bool:
     return topology.mode == "local" or bool({*places[first]} & {*places[second]})
 
 
-def teacher_is_base(config: "DistillConfig") -> bool:
+def teacher_is_base(config: RecipeSections) -> bool:
     """Returns True if the teacher is the base of adapters in a process of its own."""
-    models = models_of_roles(config)
+    models = config.models_of_roles
     return any(
         share_process(config.topology, TEACHER, role) and same_model(models[role], models[TEACHER])
         for role in adapted_roles(config)
     )
 
 
-def lora_contradictions(config: "DistillConfig") -> list[str]:
+def lora_contradictions(config: RecipeSections) -> list[str]:
     """Returns what does not go with adapters, as sentences."""
     adapted = adapted_roles(config)
     if not adapted:
@@ -44,7 +41,7 @@ def lora_contradictions(config: "DistillConfig") -> list[str]:
             f"fake_score.ida_decay {config.fake_score.ida_decay} mixes weights, and mixed A and B "
             f"of adapters are not those of mixed weights; set it to 1, or {_keys(adapted)} to null"
         )
-    models = models_of_roles(config)
+    models = config.models_of_roles
     weights = {role: getattr(config, role).compute.weights for role in ROLES}
     frozen = [role for role in ROLES if role in adapted or role == TEACHER]
     problems += [

@@ -1,8 +1,8 @@
 """Kernels of attention in a recipe: what the roles' derivatives and devices ask of them."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from pipelines.config.recipe_sections import RecipeSections
 from pipelines.config.roles import GENERATOR, TEACHER
 from pipelines.config.topology import TopologySettings
 from sgmd_core.objectives import GradientPath
@@ -10,11 +10,8 @@ from sgmd_core.objectives.consistency import consistency_of
 from workers.attention import KERNELS
 from workers.network_settings import ComputeSettings
 
-if TYPE_CHECKING:
-    from pipelines.config.recipe import DistillConfig
 
-
-def attention_contradictions(config: "DistillConfig") -> list[str]:
+def attention_contradictions(config: RecipeSections) -> list[str]:
     """Returns what does not go with the roles' kernels of attention, as sentences."""
     problems: list[str] = []
     method, topology = config.objective.method, config.topology

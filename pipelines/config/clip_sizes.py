@@ -2,16 +2,13 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
+from pipelines.config.recipe_sections import RecipeSections
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ShapeError
 from workers.clip_settings import VideoSettings
 from workers.models.family import SamplingRules
 from workers.models.folder import LatentShape
-
-if TYPE_CHECKING:
-    from pipelines.config.recipe import DistillConfig
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +74,7 @@ def require_samplable(video: VideoSettings, rules: SamplingRules) -> None:
         )
 
 
-def compiled_sizes(config: "DistillConfig") -> Iterator[str]:
+def compiled_sizes(config: RecipeSections) -> Iterator[str]:
     """Returns a sentence where compiled layers meet several sizes."""
     compiled = [role for role, compute in config.computes.items() if compute.compile]
     if len(config.video.trained) > 1 and compiled:

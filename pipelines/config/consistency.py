@@ -1,14 +1,11 @@
 """A method with a consistency term in a recipe: what its derivatives and its sampler ask for."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from pipelines.config.recipe_sections import RecipeSections
 from pipelines.config.roles import GENERATOR, ROLES
 from sgmd_core.objectives.consistency import ConsistentObjective, consistency_of
 from sgmd_core.objectives.meanflow import flow_of
-
-if TYPE_CHECKING:
-    from pipelines.config.recipe import DistillConfig
 
 _LEAST_NORM = 1e3
 """Least `max_grad_norm` for losses that are sums: usual limits are for means, and clip each step.
@@ -17,7 +14,7 @@ Published runs clip nothing, which 1e6 comes to.
 """
 
 
-def consistency_contradictions(config: "DistillConfig") -> list[str]:
+def consistency_contradictions(config: RecipeSections) -> list[str]:
     """Returns what does not go with a derivative of the generator, as sentences."""
     if consistency_of(config.objective) is None:
         return rounded_derivatives(config)
@@ -41,7 +38,7 @@ def consistency_contradictions(config: "DistillConfig") -> list[str]:
     return problems
 
 
-def rounded_derivatives(config: "DistillConfig") -> list[str]:
+def rounded_derivatives(config: RecipeSections) -> list[str]:
     """Returns a sentence where a derivative of the generator would have too few digits."""
     method, compute = config.objective.method, config.generator.compute
     takes_one = consistency_of(config.objective) or flow_of(config.objective)
@@ -57,7 +54,7 @@ def rounded_derivatives(config: "DistillConfig") -> list[str]:
     ]
 
 
-def clipped_sums(config: "DistillConfig") -> Iterator[str]:
+def clipped_sums(config: RecipeSections) -> Iterator[str]:
     """Returns a sentence where gradients of summed losses are clipped in every update."""
     norm = config.generator.optimizer.max_grad_norm
     if isinstance(config.objective, ConsistentObjective) and norm < _LEAST_NORM:

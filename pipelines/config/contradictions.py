@@ -1,7 +1,6 @@
 """Rules between the settings of a distillation, all in one list."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pipelines.config.adapters import lora_contradictions
 from pipelines.config.adversary import adversary_contradictions
@@ -11,6 +10,7 @@ from pipelines.config.consistency import consistency_contradictions
 from pipelines.config.experts import expert_contradictions
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.methods import method_contradictions
+from pipelines.config.recipe_sections import RecipeSections
 from pipelines.config.roles import FAKE_SCORE
 from pipelines.config.sequence import sequence_contradictions
 from pipelines.config.shuffled import part_contradictions, shuffling_contradictions
@@ -18,11 +18,8 @@ from pipelines.config.steps import step_contradictions
 from pipelines.config.topology_check import topology_contradictions
 from pipelines.config.walk import walk_contradictions
 
-if TYPE_CHECKING:
-    from pipelines.config.recipe import DistillConfig
 
-
-def contradictions_of(config: "DistillConfig") -> list[str]:
+def contradictions_of(config: RecipeSections) -> list[str]:
     """Sentences on settings that are right one by one and do not fit together."""
     problems: list[str] = []
     batch, topology = config.batch, config.topology
@@ -69,7 +66,7 @@ def contradictions_of(config: "DistillConfig") -> list[str]:
     return problems
 
 
-def _silent_alarms(config: "DistillConfig") -> Iterator[str]:
+def _silent_alarms(config: RecipeSections) -> Iterator[str]:
     """Sentences on alarms that are to end a run which never measures what they are read from."""
     stops = set(config.alarms.stop)
     measured = {"validation.every": config.validation.every, "lag.every": config.lag.every}

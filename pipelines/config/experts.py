@@ -1,31 +1,16 @@
 """One expert of two in a recipe: the iterations that it has, and what does not go with it."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from pipelines.config.recipe_sections import RecipeSections
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import adversary_of, looks_of, phases_of
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.phases import Phases, expert_phases
 
-if TYPE_CHECKING:
-    from pipelines.config.recipe import DistillConfig
 
-
-def phases_in(config: "DistillConfig") -> Phases | None:
-    """Phases of a run: those of its method, or the one of an expert that is trained alone.
-
-    Raises:
-        ConfigError: They do not fit the generator's steps.
-    """
-    steps, expert = config.generator.num_steps, config.model.alone
-    if expert is None:
-        return phases_of(config.objective, config.schedule, steps)
-    return expert_phases(config.schedule, steps, config.model.boundary, expert)
-
-
-def expert_contradictions(config: "DistillConfig") -> Iterator[str]:
+def expert_contradictions(config: RecipeSections) -> Iterator[str]:
     """Sentences on what does not go with one expert that is trained alone."""
     expert, method = config.model.alone, config.objective.method
     if expert is None:
@@ -69,7 +54,7 @@ def expert_contradictions(config: "DistillConfig") -> Iterator[str]:
 
 
 def _diversity_contradictions(
-    config: "DistillConfig", phases: Phases, setting: str
+    config: RecipeSections, phases: Phases, setting: str
 ) -> Iterator[str]:
     diversity = config.generator.diversity
     if not diversity.enabled:

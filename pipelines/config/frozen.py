@@ -1,13 +1,9 @@
 """The frozen teacher in a recipe: what does not go with how its weights are kept."""
 
-from typing import TYPE_CHECKING
-
 from pipelines.config.adapters import teacher_is_base
+from pipelines.config.recipe_sections import RecipeSections
 from pipelines.config.roles import TEACHER
 from pipelines.config.topology import TopologySettings
-
-if TYPE_CHECKING:
-    from pipelines.config.recipe import DistillConfig
 
 
 def teacher_ranks(topology: TopologySettings) -> int:
@@ -19,7 +15,7 @@ def teacher_ranks(topology: TopologySettings) -> int:
     return topology.teacher.ranks
 
 
-def frozen_contradictions(config: "DistillConfig") -> list[str]:
+def frozen_contradictions(config: RecipeSections) -> list[str]:
     """Returns what does not go with weights in fp8, as sentences."""
     teacher, problems = config.teacher, list[str]()
     if teacher.compute.weights != "fp8":

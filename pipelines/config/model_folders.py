@@ -1,24 +1,11 @@
 """Models that a recipe names: which role starts from which, and where they are on this machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from workers.models.addresses import is_address, local_model
-
-if TYPE_CHECKING:
-    from pipelines.config.recipe import DistillConfig
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 """Folder of the source tree, which has the `assets/`."""
-
-
-def models_of_roles(config: "DistillConfig") -> dict[str, str]:
-    """The model that each role starts from, as the recipe names it."""
-    own = config.model.folder
-    teacher = config.teacher.model or own
-    start = teacher if config.fake_score.start == "teacher" else own
-    return {GENERATOR: own, TEACHER: teacher, FAKE_SCORE: start}
 
 
 def same_model(one: str, other: str) -> bool:

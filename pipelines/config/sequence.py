@@ -1,15 +1,11 @@
 """Samples that several ranks work on together: what `compute.ulysses` asks of a recipe."""
 
-from typing import TYPE_CHECKING
-
+from pipelines.config.recipe_sections import RecipeSections
 from pipelines.config.roles import GENERATOR
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives.consistency import consistency_of
 from workers.models.folder import LatentShape
 from workers.models.shape import DenoiserShape
-
-if TYPE_CHECKING:
-    from pipelines.config.recipe import DistillConfig
 
 
 def require_divisible(
@@ -38,7 +34,7 @@ def require_divisible(
             )
 
 
-def sequence_contradictions(config: "DistillConfig") -> list[str]:
+def sequence_contradictions(config: RecipeSections) -> list[str]:
     """Returns what does not go with samples that ranks share, as sentences."""
     problems: list[str] = []
     for role, compute in config.computes.items():

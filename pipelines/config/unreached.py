@@ -6,17 +6,14 @@ the method's result, and is not.
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from pipelines.config.recipe_sections import RecipeSections
 from sgmd_core.objectives import WarmingObjective
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.phases import Phases
 
-if TYPE_CHECKING:
-    from pipelines.config.recipe import DistillConfig
 
-
-def warn_of_unreached(run: "DistillConfig", who: str, log: logging.Logger) -> None:
+def warn_of_unreached(run: RecipeSections, who: str, log: logging.Logger) -> None:
     """Warns of each part that runs are too short for.
 
     Args:
@@ -28,7 +25,7 @@ def warn_of_unreached(run: "DistillConfig", who: str, log: logging.Logger) -> No
         log.warning("%s: %s", who, sentence)
 
 
-def unreached_parts(run: "DistillConfig") -> Iterator[str]:
+def unreached_parts(run: RecipeSections) -> Iterator[str]:
     """Returns a sentence for each part of a method, and each rate, that a run is too short for."""
     objective, iterations = run.objective, run.iterations
     yield from _unreached_rates(run)
@@ -50,7 +47,7 @@ def unreached_parts(run: "DistillConfig") -> Iterator[str]:
         yield from objective.unreached(iterations)
 
 
-def _unreached_rates(run: "DistillConfig") -> Iterator[str]:
+def _unreached_rates(run: RecipeSections) -> Iterator[str]:
     """Warm-ups that are not over when the run is."""
     of_fake_score = run.iterations * max(1, run.fresh_updates)
     for role, own, updates in (

@@ -29,7 +29,6 @@ from pipelines.config.adapters import teacher_is_base
 from pipelines.config.model_folders import (
     model_address,
     model_on_this_machine,
-    models_of_roles,
 )
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
@@ -279,7 +278,7 @@ def _open(
 
     models = {
         role: replace(config.model, folder=model_address(folder))
-        for role, folder in models_of_roles(config).items()
+        for role, folder in config.models_of_roles.items()
     }
     model = models[GENERATOR]
     seed, threads = config.seed, config.topology.threads_per_rank

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.redaction import without_secrets
-from pipelines.config.model_folders import model_on_this_machine, models_of_roles
+from pipelines.config.model_folders import model_on_this_machine
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR
 from pipelines.data.stream.inspect import FolderFacts
@@ -40,7 +40,7 @@ def check_expert(config: DistillConfig) -> None:
     model = config.model
     if model.alone is None:
         return
-    for place in dict.fromkeys(models_of_roles(config).values()):
+    for place in dict.fromkeys(config.models_of_roles.values()):
         folder = model_on_this_machine(place)
         family_of_expert(folder, model.alone).read_shape(folder)
         found = _boundary_of(folder)

@@ -6,7 +6,7 @@ import torch
 
 from pipelines.config.adapters import adapted_roles
 from pipelines.config.clip_sizes import require_samplable, trained_shapes
-from pipelines.config.model_folders import model_on_this_machine, models_of_roles
+from pipelines.config.model_folders import model_on_this_machine
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, TEACHER
 from pipelines.config.sequence import require_divisible
@@ -49,7 +49,7 @@ def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, LatentBuckets]
     check_transition(config, model)
     check_phases(config, model)
     buckets = trained_shapes(config.video, model.latent_shape)
-    for role, place in models_of_roles(config).items():
+    for role, place in config.models_of_roles.items():
         folder = model_on_this_machine(place)
         shape = family_of(folder).read_shape(folder).denoiser
         for latent_shape in buckets.shapes:
@@ -63,7 +63,7 @@ def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, LatentBuckets]
 
 def families_of_roles(config: DistillConfig) -> dict[str, ModelFamily]:
     """Family of each role's model; a discriminator looks through a copy of the teacher."""
-    models = models_of_roles(config)
+    models = config.models_of_roles
     return {
         role: family_of(model_on_this_machine(models[TEACHER if role == DISCRIMINATOR else role]))
         for role in config.roles
@@ -116,7 +116,7 @@ def require_adaptable(config: DistillConfig) -> None:
     Raises:
         ConfigError: A target of `lora` is not one of them.
     """
-    models = models_of_roles(config)
+    models = config.models_of_roles
     for role in adapted_roles(config):
         folder = model_on_this_machine(models[role])
         projections = family_of(folder).read_shape(folder).denoiser.projections

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.config.clip_sizes import trained_shapes
-from pipelines.config.model_folders import models_of_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from sgmd_core.errors import ConfigError
@@ -129,7 +128,7 @@ def _predicted(scheduler: Path) -> str:
 
 def _mixing_of_unequal(config: DistillConfig) -> Iterator[str]:
     """Weights of another size cannot be mixed in."""
-    models = models_of_roles(config)
+    models = config.models_of_roles
     if config.fake_score.ida_decay == 1 or models[FAKE_SCORE] == models[GENERATOR]:
         return
     own, theirs = (

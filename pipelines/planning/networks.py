@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelines.config.adapters import adapted_roles
 from pipelines.config.clip_sizes import trained_shapes
-from pipelines.config.model_folders import model_on_this_machine, models_of_roles
+from pipelines.config.model_folders import model_on_this_machine
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import GENERATOR
 from sgmd_core.buckets import LatentBuckets
@@ -50,7 +50,7 @@ def model_shape(config: DistillConfig, model: str | None = None) -> ModelShape:
 
 def other_shapes(config: DistillConfig, own: DenoiserShape) -> dict[str, DenoiserShape]:
     """Returns the networks of the roles that start from another model than the generator."""
-    models = models_of_roles(config)
+    models = config.models_of_roles
     shapes = {
         role: _read_or_known(model_on_this_machine(model)).denoiser
         for role, model in models.items()
@@ -100,7 +100,7 @@ def family_of_role(config: DistillConfig, role: str, model: str | None = None) -
     Raises:
         ModelFolderError: The role's folder is missing or of no family.
     """
-    models = models_of_roles(config)
+    models = config.models_of_roles
     if model and models[role] == models[GENERATOR]:
         return next(one for one in families() if model.lower() in one.traits.released)
     folder = model_on_this_machine(models[role])

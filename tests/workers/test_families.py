@@ -124,6 +124,7 @@ def gradients(denoiser: Denoiser, inputs: tuple[Tensor, Tensor, Tensor]) -> dict
         name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
         for name, value in denoiser.named_parameters()
     }
+    assert x_t.grad is not None
     return found | {"x_t": x_t.grad}
 
 
@@ -299,7 +300,8 @@ def test_two_ranks_make_the_gradients_of_one_in_every_family(toy_is_installed, t
         denoiser = model.family.load_denoiser(folder).requires_grad_(True)
         inputs = model.inputs()
         for found, samples in ((expected, slice(0, 2)), (halves, slice(0, 1))):
-            part = gradients(denoiser, tuple(value[samples] for value in inputs))
+            x_t, sigma, text = (value[samples] for value in inputs)
+            part = gradients(denoiser, (x_t, sigma, text))
             part.pop("x_t")
             found.update({f"{name}/{key}": value for key, value in part.items()})
     assert_moves(expected, halves, 1e-5)
