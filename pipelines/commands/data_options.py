@@ -142,7 +142,13 @@ class PrepareArguments(OptionGroup):
         int,
         typer.Option(min=1, help="A shard is closed at this size, in MiB"),
     ] = 256
-    path_column: Annotated[str, typer.Option(help="Manifest: the video's path")] = "path"
+    path_column: Annotated[
+        str,
+        typer.Option(
+            help="Manifest: the video's path; path also finds the only one of file_name, filename,"
+            " file_path, video_path and video"
+        ),
+    ] = "path"
     caption_column: Annotated[
         str | None,
         typer.Option(

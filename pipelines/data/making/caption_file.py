@@ -275,8 +275,12 @@ def _converted(
     if names.caption is not None or names.sample_id is not None:
         digest.update(repr((names.caption, names.sample_id)).encode())
     with data_errors(f"reading {url}"), filesystem.open(root, "rb") as file:
+        ends: set[bytes] = set()
         while part := cast("bytes", file.read(_READ_BYTES)):
             digest.update(part)
+            ends |= {end for end in (b"\r", b"\n") if end in part}
+    if ends == {b"\r"} and suffix in (PROMPTS_SUFFIX, ".csv", ".tsv", ".jsonl", ".ndjson"):
+        digest.update(b"lines end with it")  # earlier versions made one row of such a file
     name = digest.hexdigest()[:32]
     folder = _cache() / name
     if not (folder / INDEX_NAME).exists():

@@ -3,6 +3,7 @@
 file -> a value for each column, or the fault of the row
 """
 
+import codecs
 import csv
 import itertools
 import json
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from cluster.redaction import printable
 from pipelines.data.shards.column_types import as_plain, fits
+from pipelines.data.shards.columns import competing_captions
 from pipelines.data.shards.schema import CAPTION
 from pipelines.data.shards.text import decode_utf8
 from sgmd_core.errors import DataError
@@ -27,22 +29,74 @@ _PEEK_BYTES = 1024
 _PEEK_LINES = 1000
 # Fewer may be single bad rows, which cost only themselves.
 _MIN_FOREIGN_LINES = 3
-_WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# Those of UTF-32 first: UTF-16's is the beginning of one of them.
+_MARKS = {
+    b"\xff\xfe\0\0": "UTF-32LE",
+    b"\0\0\xfe\xff": "UTF-32BE",
+    b"\xff\xfe": "UTF-16LE",
+    b"\xfe\xff": "UTF-16BE",
+}
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def refuse_wide_text(head: bytes, address: str) -> None:
-    """Refuses UTF-16 and UTF-32, of which no row could be read.
+    """Refuses UTF-16 and UTF-32, of which no row could be read, and a first line with zero bytes.
+
+    Args:
+        head: The beginning of the file.
+        address: Its address, for errors.
 
     Raises:
-        DataError: names the encoding to convert to.
+        DataError: names the encoding and the command that converts it.
     """
-    if head.startswith(_WIDE_MARKS) or b"\0" in head[:_PEEK_BYTES]:
+    name = address.rpartition("/")[2]
+    if encoding := _wide_encoding(head[:_PEEK_BYTES]):
+        # By the name without an order of bytes, iconv takes the mark off.
+        source = encoding[:6] if head.startswith((*_MARKS,)) else encoding
         raise DataError(
             f"reading {address}",
-            "zero bytes or a mark of UTF-16 or UTF-32",
+            f"text in {encoding}",
             "text in UTF-8",
-            f"Convert it: iconv -f UTF-16 -t UTF-8 {address.rpartition('/')[2]}",
+            f"Convert it: iconv -f {source} -t UTF-8 {name} > utf8-{name}",
         )
+    if b"\0" in head.partition(b"\n")[0][:_PEEK_BYTES]:
+        raise DataError(
+            f"reading {address}",
+            "zero bytes in the first line, of a file that is not UTF-16",
+            "text in UTF-8",
+            "Check that it is a file of text",
+        )
+
+
+def _wide_encoding(head: bytes) -> str:
+    """UTF-16 or UTF-32 and its order of bytes; empty where the text is in neither."""
+    for mark, encoding in _MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    num_zeros = head.count(0)
+    # A zero byte that has strayed into UTF-8 stands among many others.
+    if not num_zeros or (_is_text(head, "utf-8") and 4 * num_zeros < len(head)):
+        return ""
+    units = [head[place : place + 2] for place in range(0, len(head), 2)]
+    # Ends of lines tell the orders apart; a zero byte is also half of many a Chinese character.
+    ends, zeros = units.count(b"\n\0") - units.count(b"\0\n"), head[1::2].count(0)
+    encoding = "UTF-16LE" if ends > 0 or (not ends and 2 * zeros >= num_zeros) else "UTF-16BE"
+    return encoding if _is_text(head, encoding) else ""
+
+
+def _is_text(head: bytes, encoding: str) -> bool:
+    """Tells whether the beginning of a text may be in an encoding."""
+    try:
+        # Its end may be in the middle of a character.
+        text = codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return encoding == "utf-8" or "\0" not in text
+
+
+def has_bare_returns(data: bytes) -> bool:
+    """Tells whether lines end with a carriage return alone, as programs of old Macs wrote them."""
+    return b"\r" in data.rstrip(b"\r\n") and b"\n" not in data
 
 
 def refuse_other_encoding(rows: Iterable[bytes], address: str) -> None:
@@ -84,8 +138,9 @@ def manifest_lines(file: BinaryIO, address: str) -> Iterator[str]:
         DataError: the file is not UTF-8 as a whole.
     """
     first = list(itertools.islice(file, _PEEK_LINES))
-    for line in first[:1]:
-        refuse_wide_text(line, address)
+    refuse_wide_text(b"".join(first[:_PEEK_BYTES])[:_PEEK_BYTES], address)
+    if len(first) == 1 and has_bare_returns(first[0]):
+        first = first[0].splitlines(keepends=True)
     refuse_other_encoding(first, address)
     for number, line in enumerate(itertools.chain(first, file)):
         if number == 0:
@@ -94,9 +149,19 @@ def manifest_lines(file: BinaryIO, address: str) -> Iterator[str]:
 
 
 def csv_header_and_rows(
-    lines: Iterable[str], address: str, delimiter: str = ","
+    lines: Iterable[str],
+    address: str,
+    usual: str = ",",
+    is_header: Callable[[Sequence[str]], bool] = bool,
 ) -> tuple[list[str], Iterator[dict[str, Any] | str]]:
     """Reads CSV or TSV strictly.
+
+    Args:
+        lines: Of the file.
+        address: Its address, for errors.
+        usual: Delimiter of such files. Where the first line names no column by it, semicolons,
+            tabs, commas and bars are tried.
+        is_header: Tells whether a wanted column is among some names.
 
     Returns:
         The names of the columns, and the rows: a value for each column, or what is wrong with it.
@@ -105,13 +170,30 @@ def csv_header_and_rows(
         DataError: the first line names no columns.
     """
     csv.field_size_limit(_MAX_FIELD_CHARS)
-    source = _Lines(lines)
+    lines = iter(lines)
+    first = list(itertools.islice(lines, 1))
+    delimiter = _delimiter(first, usual, is_header)
+    source = _Lines(itertools.chain(first, lines))
     header = next(_records(source, delimiter), [])
     if isinstance(header, str):
         raise DataError(f"reading {address}", header, "a first line that names the columns")
     return header, (
         _row(header, record, delimiter) for record in _records(source, delimiter) if record
     )
+
+
+def _delimiter(first: Sequence[str], usual: str, is_header: Callable[[Sequence[str]], bool]) -> str:
+    """The delimiter by which the first line names a wanted column, or else several columns."""
+    several = []
+    for each in (usual, *(other for other in (";", "\t", ",", "|") if other != usual)):
+        try:
+            names = next(csv.reader(first, strict=True, delimiter=each), [])
+        except csv.Error:
+            continue
+        if is_header(names):
+            return each
+        several += [each] if len(names) > 1 else []
+    return next(iter(several), usual)
 
 
 class RepeatedKeyError(ValueError):
@@ -212,7 +294,7 @@ def _list_in(
         value
         for value in content.values()
         if isinstance(value, list)
-        and any(isinstance(row, dict) and not {*captions}.isdisjoint(row) for row in value)
+        and any(isinstance(row, dict) and _has_caption(row, captions) for row in value)
     ]
     if len(lists) != 1:
         raise DataError(
@@ -224,6 +306,12 @@ def _list_in(
     return lists[0]
 
 
+def _has_caption(row: dict[str, Any], captions: Sequence[str]) -> bool:
+    if len(captions) > 1:
+        return bool(competing_captions([*row]))
+    return captions[0] in row
+
+
 def _is_caption(value: object) -> bool:
     if isinstance(value, list):
         return all(isinstance(each, str) for each in value)
@@ -231,20 +319,20 @@ def _is_caption(value: object) -> bool:
 
 
 def parquet_rows(
-    file: BinaryIO, choose: Callable[[Sequence[str]], Sequence[str]]
+    file: BinaryIO, choose: Callable[[pa.Schema], Sequence[str]]
 ) -> tuple[list[str], Iterator[dict[str, Any] | str]]:
     """Reads some columns of a Parquet file.
 
     Args:
         file: The file.
-        choose: Those of its columns that are wanted.
+        choose: Names of its columns that are wanted.
 
     Returns:
         The names of all columns, and the rows.
     """
     parquet = pq.ParquetFile(file)
-    names = parquet.schema_arrow.names
-    return names, _parquet_rows(parquet, choose(names))
+    schema = parquet.schema_arrow
+    return schema.names, _parquet_rows(parquet, choose(schema))
 
 
 def _parquet_rows(
@@ -325,7 +413,7 @@ def _row(header: list[str], record: list[str] | str, delimiter: str) -> dict[str
     if isinstance(record, str):
         return record
     if len(record) != len(header):
-        name = "tab" if delimiter == "\t" else "comma"
+        name = _DELIMITERS[delimiter].removesuffix("s")
         return (
             f"{len(record)} fields, the header has {len(header)} (a {name} in a caption needs"
             f" quotes): {delimiter.join(record)[:80]}"

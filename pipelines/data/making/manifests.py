@@ -8,9 +8,11 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
+import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from cluster.redaction import printable
@@ -31,14 +33,14 @@ from pipelines.data.making.source_clip import (
     address_of,
     open_reading,
 )
+from pipelines.data.shards.column_types import fits
 from pipelines.data.shards.columns import competing_captions, nearest_column
 from pipelines.data.shards.rejection import Reason, Rejection
-from pipelines.data.shards.schema import CAPTION, SAMPLE_ID
+from pipelines.data.shards.schema import CAPTION, SAMPLE_ID, VIDEO
 from sgmd_core.errors import DataError
 
 _BAD_CAPTION = Reason.UNREADABLE_CAPTION
 _SHOWN_CHARS = 400
-_OTHERS = ";|\t,"  # what stands between the fields of other programs' tables
 _NO_IDS = (type(None), bool, float, list, dict, bytes)
 _SETTLING_ROWS = 64  # of a file without a header, whose keys are its columns
 
@@ -60,6 +62,7 @@ def _row_clips(
     with open_reading(filesystem, path) as file:
         ids = _CaptionIds()
         found = _manifest_rows(file, address, columns)
+        columns = replace(columns, path=found.path)
         for number, row in enumerate(found.rows):
             yield _manifest_clip(filesystem, address, number, row, columns, found.caption, ids)
 
@@ -85,10 +88,11 @@ def columns_in_words(filesystem: AbstractFileSystem, path: str, columns: Columns
 
 
 class _Manifest(NamedTuple):
-    """Columns of a manifest, the one that has its captions, and its rows."""
+    """Columns of a manifest, those that have its captions and its paths, and its rows."""
 
     names: Sequence[str]
     caption: str
+    path: str | None
     rows: Iterator[dict[str, Any] | str]
 
 
@@ -102,11 +106,14 @@ def _manifest_rows(file: BinaryIO, address: str, columns: Columns) -> _Manifest:
         rows = json_rows(manifest_lines(file, address), columns.captions[0])
         return _with_named_keys(rows, address, columns)
     if suffix == ".parquet":
-        header, rows = parquet_rows(file, lambda names: _wanted(names, columns))
+        header, rows = parquet_rows(file, lambda schema: _wanted(schema, address, columns))
     else:
+        usual = "\t" if suffix == ".tsv" else ","
         lines = manifest_lines(file, address)
-        header, rows = csv_header_and_rows(lines, address, "\t" if suffix == ".tsv" else ",")
-    return _Manifest(header, _require_columns(header, address, columns), rows)
+        header, rows = csv_header_and_rows(
+            lines, address, usual, lambda names: bool(_used(names, columns))
+        )
+    return _Manifest(header, *_require_columns(header, address, columns), rows)
 
 
 def _with_named_keys(
@@ -122,25 +129,57 @@ def _with_named_keys(
     first = list(itertools.islice(waiting, _SETTLING_ROWS))
     keys = [[*row] for row in first if isinstance(row, dict)]
     found = list(dict.fromkeys(itertools.chain.from_iterable(keys)))
-    named = (columns.path, columns.sample_id, columns.caption)
-    missing = [name for name in named if name is not None and name not in found]
-    if columns.caption is None and not competing_captions(found):
-        missing.append(" or ".join(columns.captions))
-    if found and missing:
-        raise _missing_columns(found, missing, address, columns)
+    paths = columns.paths_in(found)
+    if found:
+        _require_all(found, address, columns)
+        _require_one_path(paths, address)
     names = _caption_columns(found, columns)
     if len(names) > 1:
         # A row that has several of them costs only itself where the others agree.
         alone = [each for row in keys if len(each := competing_captions(row)) == 1]
         names = list(dict.fromkeys(itertools.chain.from_iterable(alone))) or names
     _require_one_caption(names, address, columns)
-    return _Manifest(found, (names or columns.captions)[0], itertools.chain(first, waiting))
+    path = paths[0] if paths else columns.path
+    return _Manifest(found, (names or columns.captions)[0], path, itertools.chain(first, waiting))
 
 
-def _wanted(names: Sequence[str], columns: Columns) -> list[str]:
+def _used(names: Sequence[str], columns: Columns) -> list[str]:
     """The columns of a table that say something about a clip."""
-    others = (columns.path, columns.sample_id or SAMPLE_ID)
-    return [name for name in names if name in (*_caption_columns(names, columns), *others)]
+    ids = columns.sample_id or SAMPLE_ID
+    used = (*_caption_columns(names, columns), *columns.paths_in(names), ids)
+    return [name for name in names if name in used]
+
+
+def _wanted(schema: pa.Schema, address: str, columns: Columns) -> list[str]:
+    """The columns to read of a table.
+
+    Raises:
+        DataError: It holds videos where paths are wanted, as a set does.
+    """
+    paths = columns.paths_in(schema.names)
+    videos = [
+        field.name
+        for field in schema
+        if not pa.types.is_null(field.type)
+        and fits(VIDEO, field.type)
+        and (not paths or field.name in paths)
+        and field.name not in (*columns.captions, columns.sample_id or SAMPLE_ID)
+    ]
+    if columns.path is not None and videos:
+        video = VIDEO if VIDEO in videos else videos[0]
+        option = "" if video == VIDEO else f" --video-column {video}"
+        setting = "" if video == VIDEO else f" data.columns.video={video}"
+        raise DataError(
+            f"reading {address}",
+            printable(f"videos in the table itself, column {video}: a set of shards already"),
+            "a manifest with paths of videos",
+            printable(
+                f"Leave `sgmd prepare` out: give the file or its folder to"
+                f" `sgmd check DATA{option}` and `sgmd encode DATA DST{option}`, or to a run"
+                f" as data.train=DATA{setting}"
+            ),
+        )
+    return _used(schema.names, columns)
 
 
 def _caption_columns(names: Sequence[str], columns: Columns) -> list[str]:
@@ -181,18 +220,39 @@ class _CaptionIds:
         return digest.hexdigest() if count == 1 else f"{digest.hexdigest()}-{count}"
 
 
-def _require_columns(found: Sequence[str], address: str, columns: Columns) -> str:
-    """Name of the captions' column of a table that has all columns that are needed."""
-    captions = _caption_columns(found, columns)
-    _refuse_twice(found, (*captions, columns.path, columns.sample_id or SAMPLE_ID), address)
+def _require_columns(
+    found: Sequence[str], address: str, columns: Columns
+) -> tuple[str, str | None]:
+    """Names of the captions and the paths of a table that has all columns that are needed."""
+    captions, paths = _caption_columns(found, columns), columns.paths_in(found)
+    _refuse_twice(found, (*captions, *paths, columns.sample_id or SAMPLE_ID), address)
     _require_one_caption(captions, address, columns)
-    wanted = (columns.path, columns.sample_id)
-    missing = [name for name in wanted if name is not None and name not in found]
-    if not captions:
-        missing.append(" or ".join(columns.captions))
+    _require_one_path(paths, address)
+    _require_all(found, address, columns)
+    return captions[0], paths[0] if paths else None
+
+
+def _require_all(found: Sequence[str], address: str, columns: Columns) -> None:
+    """Refuses columns of which a needed one is missing."""
+    missing: list[tuple[str, ...]] = []
+    if columns.path is not None and not columns.paths_in(found):
+        missing.append(columns.paths)
+    if columns.sample_id is not None and columns.sample_id not in found:
+        missing.append((columns.sample_id,))
+    if not _caption_columns(found, columns):
+        missing.append(columns.captions)
     if missing:
         raise _missing_columns(found, missing, address, columns)
-    return captions[0]
+
+
+def _require_one_path(paths: Sequence[str], address: str) -> None:
+    if len(paths) > 1:
+        raise DataError(
+            f"reading {address}",
+            printable(f"the columns {' and '.join(paths)}, each of which may be the path"),
+            "one column of paths",
+            "Name the one to take with --path-column",
+        )
 
 
 def _refuse_twice(found: Sequence[str], used: Sequence[str | None], address: str) -> None:
@@ -207,10 +267,10 @@ def _refuse_twice(found: Sequence[str], used: Sequence[str | None], address: str
 
 
 def _missing_columns(
-    found: Sequence[str], missing: Sequence[str], address: str, columns: Columns
+    found: Sequence[str], missing: Sequence[Sequence[str]], address: str, columns: Columns
 ) -> DataError:
     if columns.path is None:
-        expected = f"a column {' or '.join(columns.captions)}"
+        expected = f"a column {_one_of(columns.captions)}"
         named = f"Name the column with {columns.caption_setting}" if columns.caption_setting else ""
         remedy = named or "Rename the column"
     else:
@@ -219,20 +279,32 @@ def _missing_columns(
             "Name them with --path-column, --caption-column and --id-column; captions without"
             " videos are taken with --captions-only"
         )
-    near = [f"{one} for {name}" for name in missing if (one := nearest_column(name, found))]
-    remedy = f"{remedy}. Nearest: {printable(', '.join(near))}" if near else remedy
+    names = [name for each in missing for name in each]
+    near = {one: name for name in reversed(names) if (one := nearest_column(name, found))}
+    if near:
+        shown = ", ".join(f"{one} for {name}" for one, name in near.items())
+        remedy = f"{remedy}. Nearest: {printable(shown)}"
     if (kind := PurePosixPath(address).suffix.lower()) in (".csv", ".tsv"):
         expected += f", in a {kind} whose first line names the columns"
-        used = "," if kind == ".csv" else "a tab"
-        if len(found) == 1 and (other := next((each for each in _OTHERS if each in found[0]), "")):
-            shown = "tabs" if other == "\t" else repr(other)
-            remedy = f"Save it with {used} between the fields: these are separated by {shown}"
+        if not near and not _used(found, columns):
+            usual = [*columns.paths[:1], columns.captions[0]]
+            line = ("\\t" if kind == ".tsv" else ",").join(usual)
+            remedy = f"If its first line is a row already, put a line such as {line} before it. "
+            remedy += "Otherwise name the columns: " + ("--path-column, " * bool(columns.paths))
+            remedy += columns.caption_setting or "rename the column of captions to caption"
+    lacking = ", and no column ".join(_one_of(each) for each in missing)
     return DataError(
         f"reading {address}",
-        f"the columns {printable(', '.join(found))[:_SHOWN_CHARS]}; no {', '.join(missing)}",
+        f"the columns {printable(', '.join(found))[:_SHOWN_CHARS]}; no column {lacking}",
         expected,
         remedy,
     )
+
+
+def _one_of(names: Sequence[str]) -> str:
+    """Names in words: `caption, prompt or text`."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _require_one_caption(captions: Sequence[str], address: str, columns: Columns) -> None:

@@ -1,6 +1,6 @@
 """A clip of a source: its id, and where its video and its caption are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, cast
@@ -8,8 +8,11 @@ from typing import BinaryIO, cast
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.data.shards.columns import CAPTION_NAMES
+from pipelines.data.shards.columns import CAPTION_NAMES, competing_columns
 from pipelines.data.shards.filesystem import data_errors
+
+PATH_NAMES = ("path", "file_name", "filename", "file_path", "video_path", "video")
+"""Usual names of the paths of videos, the preferred one first."""
 
 # One request brings a tar's header and the short members that follow a video.
 _BLOCK_BYTES = 2**20
@@ -69,8 +72,9 @@ class Columns:
     """Names in manifests, and of the caption's field in JSON files.
 
     Attributes:
-        path: Path of the video: relative to the manifest, absolute, or `s3://bucket/key`. None
-            takes the captions alone.
+        path: Path of the video: relative to the manifest, absolute, or `s3://bucket/key`. `path`
+            takes the only column of `PATH_NAMES` where there is none of this name; None takes the
+            captions alone.
         caption: The caption; None takes the column that has one of `CAPTION_NAMES`.
         sample_id: The id; None takes the path for it.
         caption_setting: How the caller spells the setting of the caption's name; empty where there
@@ -89,6 +93,20 @@ class Columns:
     def captions(self) -> tuple[str, ...]:
         """Names that a caption may have, the preferred one first."""
         return CAPTION_NAMES if self.caption is None else (self.caption,)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Names that a path may have, the preferred one first."""
+        if self.path is None:
+            return ()
+        return PATH_NAMES if self.path == PATH_NAMES[0] else (self.path,)
+
+    def paths_in(self, names: Sequence[str]) -> list[str]:
+        """Columns of which any may hold the paths."""
+        usual = self.paths
+        if len(usual) > 1:
+            return competing_columns(names, usual)
+        return [name for name in dict.fromkeys(names) if name in usual]
 
 
 @contextmanager

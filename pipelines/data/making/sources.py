@@ -1,6 +1,7 @@
 """Captioned videos as people keep them, listed one by one without reading a video.
 
-    a folder      clip.mp4 beside clip.txt (the caption) or clip.json (a field of it), at any depth
+    a folder      clip.mp4 beside clip.txt or clip.caption (the caption) or clip.json (a field of
+                  it), at any depth
     a tar         key.mp4 and key.txt or key.json in any order; also tars that lie in the folder
     a manifest    CSV, TSV, JSON lines, JSON or Parquet: a path and a caption in each row, or
                   captions alone
@@ -62,7 +63,7 @@ _KNOWN = (
 )
 VIDEO_SUFFIXES = frozenset(f".{name}" for name in _KNOWN.split())
 PROMPTS_SUFFIX = ".txt"
-_CAPTION_SUFFIXES = (".txt", ".json")
+_CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 _ARCHIVE_SUFFIXES = frozenset((".zip", ".rar", ".7z", ".gz", ".bz2", ".xz", ".zst"))
 _PACKED_TAR = re.compile(
     r"\.(tar\.(gz|z|bz2?|xz|lzma|zstd?|lz4|lz)|tgz|taz|tbz2?|txz|tlz|tzst)$", re.IGNORECASE

@@ -280,9 +280,19 @@ def competing_captions(stored: Sequence[str]) -> list[str]:
     Args:
         stored: Names of a file's columns.
     """
-    if CAPTION in stored:
-        return [CAPTION]
-    return [name for name in stored if name.casefold() in CAPTION_NAMES]
+    return competing_columns(stored, CAPTION_NAMES)
+
+
+def competing_columns(stored: Sequence[str], usual: Sequence[str]) -> list[str]:
+    """Columns that have a usual name in any case; the preferred name alone where it is there.
+
+    Args:
+        stored: Names of a file's columns.
+        usual: Usual names, the preferred one first.
+    """
+    if usual[0] in stored:
+        return [usual[0]]
+    return [name for name in stored if name.casefold() in usual]
 
 
 def kind_of(schema: pa.Schema, names: ColumnNames = ColumnNames()) -> ShardKind:

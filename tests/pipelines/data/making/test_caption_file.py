@@ -143,10 +143,10 @@ def test_a_changed_file_is_read_anew_within_one_process(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.csv", "words,length\na red circle,2\n", "no caption or prompt or text"),
-        ("a.csv", "id;caption\n1;a red circle\n", "Save it with , between the fields.*by ';'"),
-        ("a.tsv", "id,caption\n1,a red circle\n", "a tab between the fields.*by ','"),
+        ("a.csv", "words,length\na red circle,2\n", "no column caption, prompt or text"),
+        ("a.csv", "id;words\n1;a red circle\n", "the columns id, words; no column caption"),
         ("a.csv", "a red circle\na blue bar\n", "whose first line names the columns"),
+        ("a.csv", "a red circle,3\na blue bar,4\n", "put a line such as caption before it"),
         ("a.txt", "\n  \n", "no row"),
         ("a.json", "{broken", "no JSON"),
         ("a.json", '{"a": {"b": 1}}', "an object with the keys a"),

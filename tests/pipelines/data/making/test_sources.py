@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.making.skipped import SkippedFiles
@@ -332,7 +333,9 @@ class TestManifest:
     def test_a_csv_without_the_columns_says_which_it_has(self, tmp_path):
         path = tmp_path / "list.csv"
         path.write_text("file,words\nx,y\n")
-        with pytest.raises(DataError, match=r"file, words; no path, caption.*--path-column"):
+        with pytest.raises(
+            DataError, match=r"words; no column path, .*no column caption, .*--path"
+        ):
             clips(path)
 
     def test_json_lines_that_name_no_clip_are_rejected_by_number(self, tmp_path):
@@ -418,13 +421,78 @@ class TestManifest:
         assert "UTF-8" in bad.detail
         assert good.caption == "two"
 
-    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
-    @pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
-    def test_wide_text_is_refused_in_one_sentence(self, tmp_path, name, encoding):
+    @pytest.mark.parametrize(
+        ("encoding", "words"),
+        [
+            ("utf-16", "UTF-16LE.*iconv -f UTF-16 "),
+            ("utf-16-le", "UTF-16LE.*iconv -f UTF-16LE "),
+            ("utf-16-be", "UTF-16BE.*iconv -f UTF-16BE "),
+            ("utf-32", "UTF-32LE.*iconv -f UTF-32 "),
+        ],
+    )
+    @pytest.mark.parametrize("text", ["path,caption\n1.mp4,one\n", "一只猫\n一只狗\n"])
+    @pytest.mark.parametrize("name", ["list.csv", "list.jsonl", "list.txt"])
+    def test_wide_text_is_refused_by_the_name_of_its_encoding(
+        self, tmp_path, name, text, encoding, words
+    ):
         path = tmp_path / name
-        path.write_bytes("path,caption\n1.mp4,one\n".encode(encoding))
-        with pytest.raises(DataError, match=r"UTF-16.*iconv"):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(DataError, match=words):
             clips(path)
+
+    def test_a_zero_byte_is_not_called_another_encoding(self, tmp_path):
+        path = tmp_path / "list.txt"
+        path.write_bytes(b"a red c\0rcle\na blue bar\n")
+        with pytest.raises(DataError, match=r"zero bytes in the first line.*file of text"):
+            clips(path)
+        path.write_bytes(b"a red circle\na blue b\0r\n")
+        assert len(clips(path)) == 2
+
+    @pytest.mark.parametrize("name", ["path", "file_name", "File_Name", "video_path", "video"])
+    def test_the_only_column_with_a_usual_name_holds_the_paths(self, tmp_path, name):
+        table = {name: ["v/1.mp4"], "Caption": ["one"]}
+        pq.write_table(pa.table(table), tmp_path / "a.parquet")
+        (tmp_path / "a.csv").write_text(f"{name},Caption\nv/1.mp4,one\n")
+        (tmp_path / "a.jsonl").write_text(json.dumps({name: "v/1.mp4", "Caption": "one"}))
+        (tmp_path / "a.json").write_text(json.dumps([{name: "v/1.mp4", "Caption": "one"}]))
+        for path in sorted(tmp_path.iterdir()):
+            (clip,) = clips(path)
+            assert (clip.sample_id, clip.caption) == ("v/1.mp4", "one")
+            assert clip.video.url == f"{tmp_path}/v/1.mp4"
+
+    @pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
+    def test_two_columns_that_may_be_the_path_are_refused(self, tmp_path, name):
+        path = tmp_path / name
+        row = {"video": "1.mp4", "file_name": "2.mp4", "caption": "one"}
+        csv_text = f"{','.join(row)}\n{','.join(row.values())}\n"
+        path.write_text(csv_text if name.endswith("csv") else json.dumps(row))
+        with pytest.raises(DataError, match=r"video and file_name, each.*--path-column"):
+            clips(path)
+        assert clips(path, Columns("video"))[0].sample_id == "1.mp4"
+
+    @pytest.mark.parametrize("suffix", ["csv", "tsv"])
+    @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+    def test_the_first_line_shows_what_separates_the_fields(self, tmp_path, suffix, delimiter):
+        path = tmp_path / f"list.{suffix}"
+        rows = [["file_name", "caption"], ["1.mp4", '"a, b; c\td | e"']]
+        path.write_text("".join(f"{delimiter.join(row)}\n" for row in rows))
+        assert [clip.caption for clip in clips(path)] == ["a, b; c\td | e"]
+
+    @pytest.mark.parametrize("name", ["video", "mp4"])
+    def test_a_table_that_holds_the_videos_is_named_a_set(self, tmp_path, name):
+        path = tmp_path / "train.parquet"
+        videos = [{"bytes": b"video", "path": "1.mp4"}]
+        pq.write_table(pa.table({name: videos, "caption": ["one"]}), path)
+        with pytest.raises(DataError, match=rf"column {name}: a set.*sgmd check DATA"):
+            clips(path)
+        assert clips(path, Columns(None))[0].caption == "one"
+
+    @pytest.mark.parametrize("end", ["\r", "\r\n"])
+    def test_lines_may_end_as_other_systems_end_them(self, tmp_path, end):
+        (tmp_path / "a.csv").write_bytes(f"path,caption{end}1.mp4,one{end}2.mp4,two{end}".encode())
+        (tmp_path / "a.txt").write_bytes(f"one{end}two".encode())
+        for name in ("a.csv", "a.txt"):
+            assert [clip.caption for clip in clips(tmp_path / name)] == ["one", "two"]
 
     @pytest.mark.parametrize(("encoding", "text"), [("latin-1", "café"), ("gbk", "一只猫在跑步")])
     @pytest.mark.parametrize("name", ["list.csv", "list.jsonl", "list.json", "list.txt"])
@@ -467,3 +535,10 @@ def test_a_parquet_manifest_of_which_arrow_skips_a_page_is_not_read_as_a_shorter
     write_unknown_page(tmp_path / "clips.parquet", pa.table(names), group=12)
     with pytest.raises(DataError, match=r"clips\.parquet.*12 rows fewer than the footer promises"):
         list(list_clips(str(tmp_path / "clips.parquet"), Columns(path="path")))
+
+
+def test_a_caption_file_beside_a_video_holds_its_caption(tmp_path):
+    touch(tmp_path, "a.mp4")
+    touch(tmp_path, "a.caption")
+    (clip,) = clips(tmp_path)
+    assert clip.caption == CaptionFile(FileRange(f"{tmp_path}/a.caption"))
