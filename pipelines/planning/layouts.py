@@ -19,7 +19,11 @@ from typing import Any
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.config.topology import FUSED
 from pipelines.planning.hardware import Hardware
-from pipelines.planning.map_simulation import received_weight_bytes, simulate_map
+from pipelines.planning.map_simulation import (
+    exchanges_s_by,
+    received_weight_bytes,
+    simulate_map,
+)
 from pipelines.planning.planned_layout import ACCELERATOR, Layout, PoolUse
 from pipelines.planning.pool_maps import (
     FEW_MICRO_BATCHES,
@@ -33,7 +37,7 @@ from pipelines.planning.pool_maps import (
 from pipelines.planning.search import MAX_DEPTH, Prediction
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.traffic import gathered_bytes
-from pipelines.planning.workload import Workload
+from pipelines.planning.workload import StageName, Workload
 from pipelines.stages.algorithm import ROLLOUT
 
 _SIMULATED, _SIMULATED_LONG, _SIMULATED_FUSED = 16, 2, 8
@@ -202,10 +206,18 @@ def _least_s_by(
 ) -> Callable[[PoolMap], float]:
     """The least that an iteration of a map takes: the pools' work, with the teacher's shared out.
 
-    A call takes as long as its samples, or as gathering the weights for it.
+    A call takes as long as its samples, or as gathering the weights for it. Measured times contain
+    the exchanges of the measured run, which may be more than this one's.
     """
-    gathered = gathered_bytes(work)
+    gathered, exchanges_s = gathered_bytes(work), exchanges_s_by(work, times)
     stages = {role: [name for name in times.seconds if name[0] == role] for role in work.roles}
+
+    def call_s(own: Hardware, speed: float, name: StageName, samples: float) -> float:
+        alone_s = times.seconds[name] * samples / speed
+        if not times.ulysses:
+            return alone_s
+        exchange_s, measured_s = exchanges_s(own, name, samples)
+        return alone_s - measured_s + exchange_s
 
     def busy_s(one: PoolMap, pool: str, role: str) -> float:
         ranks, own = one.ranks[pool], one.hardware_of(pool, hardware)
@@ -219,8 +231,7 @@ def _least_s_by(
         return sum(
             work.updates_with(name)
             * sum(
-                number
-                * max(times.seconds[name] * samples / speed, own.gather_s(gathered[name], ranks))
+                number * max(call_s(own, speed, name, samples), own.gather_s(gathered[name], ranks))
                 for number, samples in rounds
             )
             for name in stages[role]

@@ -4,7 +4,7 @@ The exact schedule of calls is worked through by the simulator. A pool's ranks w
 simulator sees it as one process.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,10 +101,9 @@ def _costs(
     teams: Mapping[str, Team],
 ) -> Costs:
     weights = 4 * work.shape.num_parameters
-    gathered, sent, exchanged = gathered_bytes(work), result_bytes(work), exchanged_bytes(work)
+    gathered, sent = gathered_bytes(work), result_bytes(work)
+    exchanges_s = exchanges_s_by(work, times)
     giver, _ = teams[GENERATOR].process(GENERATOR, 0)
-    measured = replace(work, ulysses=times.ulysses)
-    in_measured = exchanged_bytes(measured)
 
     def pool_of(call: Call) -> str:
         return teams[call.role].process(call.role, call.rank)[0]
@@ -122,13 +121,7 @@ def _costs(
         sample_s = times.seconds[name] / one.speed_of(pool, hardware)
         samples = work.samples_of_a_rank(call.role, call.num_samples, ranks)
         # Nothing is computed while ranks that work together exchange tokens for heads.
-        exchange_s, measured_s = (
-            own.gather_s(num_bytes.get(name, 0.0) * samples * width, width)
-            for num_bytes, width in (
-                (exchanged, work.ranks_per_sample(call.role)),
-                (in_measured, measured.ranks_per_sample(call.role)),
-            )
-        )
+        exchange_s, measured_s = exchanges_s(own, name, samples)
         # Measured seconds contain the exchange of the measured run, in place of this one.
         computing_s = sample_s * samples - measured_s
         if computing_s < 0:
@@ -146,6 +139,32 @@ def _costs(
         return sent.get((call.role, call.stage), 0) * share
 
     return hardware.costs(seconds, bytes_of)
+
+
+def exchanges_s_by(
+    work: Workload, times: StageTimes
+) -> Callable[[Hardware, StageName, float], tuple[float, float]]:
+    """Seconds in which ranks that work together exchange tokens for heads, by stage and samples.
+
+    Args:
+        work: The iteration.
+        times: Of its stages.
+
+    Returns:
+        A function of the GPUs, a stage and the samples of a rank: the seconds of this iteration,
+        and those that measured times of the stage contain.
+    """
+    measured = replace(work, ulysses=times.ulysses)
+    both = [(exchanged_bytes(one), one.ranks_per_sample) for one in (work, measured)]
+
+    def exchanges_s(own: Hardware, name: StageName, samples: float) -> tuple[float, float]:
+        planned_s, measured_s = (
+            own.gather_s(num_bytes.get(name, 0.0) * samples * width_of(name[0]), width_of(name[0]))
+            for num_bytes, width_of in both
+        )
+        return planned_s, measured_s
+
+    return exchanges_s
 
 
 def _too_slow_exchange(name: StageName, sample_s: float, exchange_s: float) -> ConfigError:

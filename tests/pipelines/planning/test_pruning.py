@@ -8,8 +8,10 @@ import pytest
 
 from pipelines.config.recipe import load_recipe
 from pipelines.planning.hardware import Hardware
+from pipelines.planning.layouts import map_layout
 from pipelines.planning.search import MAX_DEPTH, candidates, find_best, predict
 from pipelines.planning.stage_times import StageTimes, modelled
+from pipelines.planning.traffic import exchanged_bytes
 from pipelines.planning.workload import Workload
 
 AS_FAST = 1.01**2
@@ -53,3 +55,25 @@ def _least_limit_s(given: tuple[Workload, StageTimes, Hardware], num_gpus: int) 
         middle = (low + high) / 2
         low, high = (low, middle) if find_best(*given, num_gpus, middle) else (middle, high)
     return high
+
+
+def test_no_map_is_left_out_for_the_exchanges_of_the_run_that_was_measured():
+    recipe = Workload.of(load_recipe("wan21-1.3b", ["validation.every=0"]), "1.3b")
+    work, hardware = replace(recipe, batch_size=4), Hardware(gather_bandwidth=1e9).unbound
+    plain = modelled(work, hardware)
+    known = map_layout(work, plain, hardware, 4)
+    # Seconds as a run with four ranks a sample has them.
+    four = replace(work, ulysses=tuple((role, 4) for role in work.roles))
+    exchanged = exchanged_bytes(four)
+    seconds = {
+        name: own + hardware.gather_s(4 * exchanged.get(name, 0.0), 4)
+        for name, own in plain.seconds.items()
+    }
+    times = replace(plain, seconds=seconds, ulysses=four.ulysses)
+    with_exchanges = map_layout(work, replace(times, ulysses=()), hardware, 4)
+    assert known is not None
+    assert with_exchanges is not None
+    assert with_exchanges.iteration_s > 1.1 * known.iteration_s
+    found = map_layout(work, times, hardware, 4, below_s=1.00001 * known.iteration_s)
+    assert found is not None
+    assert found.iteration_s == pytest.approx(known.iteration_s, rel=1e-9)
