@@ -26,7 +26,13 @@ from pipelines.commands import (
 )
 from pipelines.commands.failures import report_failure
 from pipelines.commands.options import PlainCommand, PlainGroup, RemoteCommand
-from pipelines.commands.stops import CommandStops, hold_standard_files, leave_process, take_stops
+from pipelines.commands.stops import (
+    CommandStops,
+    hold_messages,
+    hold_standard_files,
+    leave_process,
+    take_stops,
+)
 
 # Typer brings click along, from 0.2x on as a part of itself, so its base of wrong options has two
 # names. A closed pipe is click's to end in silence.
@@ -118,6 +124,7 @@ def options(
 def main() -> None:
     """Runs the command line."""
     hold_standard_files()
+    hold_messages()
     stops = take_stops()
     try:
         app(obj=stops)

@@ -14,6 +14,7 @@ loaded before all else, and imports nothing heavy.
 """
 
 import atexit
+import io
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pipelines.run.stopping import (
     STOP_SIGNALS,
@@ -33,7 +34,11 @@ from pipelines.run.stopping import (
     say_last,
 )
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 _COMMANDS = Path(__file__).parent
+_STDERR = 2
 
 
 class CommandStops:
@@ -93,6 +98,33 @@ def hold_standard_files() -> None:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+class _Messages(io.FileIO):
+    """Standard error, of which every write succeeds."""
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        """Writes all of it, or as much as is taken: the rest is lost."""
+        size = memoryview(data).nbytes
+        with suppress(OSError):
+            super().write(data)
+        return size
+
+
+def hold_messages() -> None:
+    """Lets the process go on where its standard error takes nothing any more.
+
+    Progress and errors go there, and whoever reads them may end first: Ctrl-C also ends the `tee`
+    of a pipeline, a closed terminal refuses what comes after its SIGHUP, the disk of a log may be
+    full. The state of a run still has to be saved then, and the exit code has to stand.
+    """
+    old = sys.stderr
+    with suppress(OSError):
+        old.flush()
+    buffer = io.BufferedWriter(_Messages(_STDERR, "w", closefd=False))
+    sys.stderr = io.TextIOWrapper(
+        buffer, encoding=old.encoding, errors=old.errors, line_buffering=True
+    )
 
 
 def _loads(frame: FrameType | None) -> bool:

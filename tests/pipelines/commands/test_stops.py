@@ -159,6 +159,20 @@ def test_where_nothing_is_left_to_clean_a_signal_ends_the_process_at_once(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("streams", ["2>/dev/full", "2>&1 >/dev/null | true"])
+def test_an_error_that_nobody_can_be_told_keeps_its_exit_code(streams: str):
+    done = subprocess.run(
+        [
+            *("bash", "-o", "pipefail", "-c"),
+            f'"{sys.executable}" -m pipelines.cli recipes show nothing {streams}',
+        ],
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2
+
+
 @pytest.mark.parametrize(
     ("streams", "code", "said"),
     [
