@@ -25,6 +25,7 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.plan import best_layouts
 from pipelines.planning.stage_times import modelled
+from pipelines.planning.stage_work import stage_units
 from pipelines.planning.workload import Workload
 from pipelines.stages.costs import PassCosts
 from sgmd_core.objectives.sgmd import SgmdObjective
@@ -144,7 +145,7 @@ def plans() -> dict[str, dict[str, list[float]]]:
 def _best(
     work: Workload, teams: dict[str, Team], micro_batches: int, depths: Sequence[int]
 ) -> float:
-    own = work.stage_units
+    own = stage_units(work)
     found: list[float] = []
     for depth in depths:
         calls = order_calls(

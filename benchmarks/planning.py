@@ -25,6 +25,7 @@ from pipelines.planning.hardware import GB, Hardware, parse_kinds
 from pipelines.planning.plan import best_layouts, make_mixed_plan, make_plan
 from pipelines.planning.planned_layout import Layout
 from pipelines.planning.stage_times import measured, modelled
+from pipelines.planning.stage_work import units_by_stage
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from workers.models.wan_arithmetic import RELEASED_SHAPES
@@ -176,7 +177,7 @@ def kinds() -> list[PageTable]:
         several = parse_kinds([FASTEST, *beside], Hardware())
         best = make_mixed_plan(one, times, several).best
         flops = sum(kind.num_gpus * kind.hardware.flops for kind in several)
-        limit_s = one.batch_size * sum(one.passes.values()) * one.forward_flops / flops
+        limit_s = one.batch_size * sum(units_by_stage(one).values()) * one.forward_flops / flops
         rows.append(
             {
                 "beside 8 H100 (229 TFLOP/s)": " and ".join(

@@ -7,6 +7,7 @@ from cluster.schedule.program import Pass, Program, Team, split_evenly
 from cluster.schedule.schedule import Call, order_calls
 from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
+from pipelines.planning.stage_work import stage_units
 from pipelines.planning.workload import Workload
 from pipelines.stages.algorithm import iteration_program
 from pipelines.stages.kind import IterationKind
@@ -140,7 +141,7 @@ def stage_seconds(config: DistillConfig) -> Mapping[tuple[str, str], float]:
     Raises:
         ConfigError: The recipe names a stage that its iterations do not have, or not all of them.
     """
-    counted = Workload.of(config).stage_units
+    counted = stage_units(Workload.of(config))
     given = config.topology.stage_seconds
     if not given:
         return counted

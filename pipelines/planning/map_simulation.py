@@ -19,6 +19,7 @@ from pipelines.planning.pool_maps import (
     map_memory,
 )
 from pipelines.planning.stage_times import StageTimes, update_s
+from pipelines.planning.stage_work import units_by_stage
 from pipelines.planning.traffic import exchanged_bytes, gathered_bytes, result_bytes
 from pipelines.planning.workload import StageName, Workload
 from pipelines.stages.algorithm import MIX_WEIGHTS, TRAINED_WEIGHTS
@@ -207,5 +208,5 @@ def received_weight_bytes(
         * (ranks[role] - 1)
         / ranks[role]
         for (role, stage), moved in gathered_bytes(work).items()
-        if role in ranks and (role, stage) in work.passes
+        if role in ranks and (role, stage) in units_by_stage(work)
     )

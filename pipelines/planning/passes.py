@@ -14,6 +14,7 @@ from statistics import fmean
 from cluster.schedule.program import split_evenly
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import TEACHER
+from pipelines.planning.stage_work import role_costs
 from pipelines.planning.workload import Workload
 from pipelines.stages.algorithm import ANCHOR, DIVERSIFY, SAMPLE, TRACK, StageSpec
 from pipelines.stages.costs import (
@@ -42,7 +43,7 @@ def pass_costs(config: DistillConfig) -> dict[str, PassCosts]:
     Raises:
         ConfigError: The model folder has no configuration, or the clip does not fit it.
     """
-    return Workload.of(config).costs
+    return role_costs(Workload.of(config))
 
 
 def teacher_shape(config: DistillConfig) -> DenoiserShape:

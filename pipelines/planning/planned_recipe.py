@@ -8,6 +8,7 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR
 from pipelines.config.topology import FUSED
 from pipelines.planning.plan import Plan
 from pipelines.planning.planned_layout import Layout
+from pipelines.planning.stage_work import split_by_stage
 
 _FUSED_LABELS = "topology.fused.labels"
 
@@ -47,7 +48,7 @@ def planned_recipe(config: DistillConfig, plan: Plan) -> DistillConfig:
         if plan.times.is_measured:
             settings["topology.stage_seconds"] = {
                 ".".join(name): seconds
-                for name, seconds in plan.work.split_by_stage(plan.times.seconds).items()
+                for name, seconds in split_by_stage(plan.work, plan.times.seconds).items()
             }
     return config.with_settings(settings)
 

@@ -24,6 +24,7 @@ from pipelines.planning.planned_layout import Layout
 from pipelines.planning.savings import Saved, fitting_savings, walk_setting
 from pipelines.planning.search import find_batch
 from pipelines.planning.stage_times import StageTimes
+from pipelines.planning.stage_work import role_costs
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from sgmd_core.words import count_in_words
@@ -267,7 +268,7 @@ def _lag(config: DistillConfig, work: Workload) -> list[str]:
     """Returns what a measured lag costs."""
     if not config.lag.every:
         return []
-    costs, every = work.costs, count_in_words(config.lag.every, "iteration")
+    costs, every = role_costs(work), count_in_words(config.lag.every, "iteration")
     return [
         f"measuring the lag every {every} (lag.every) takes "
         f"{total_units(expected_lag(config), costs):.3g} passes over a batch each time, "

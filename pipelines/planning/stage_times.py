@@ -23,7 +23,13 @@ from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import GENERATOR, ROLES
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.kept_bytes import kept_copies, stream_bytes
-from pipelines.planning.workload import COUNTED_WITH, StageName, Workload, mean_over_sizes
+from pipelines.planning.stage_work import (
+    COUNTED_WITH,
+    backwards_by_stage,
+    mean_over_sizes,
+    units_by_stage,
+)
+from pipelines.planning.workload import StageName, Workload
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.opened_copy import run_copy
 from pipelines.run.places import shared_place
@@ -77,7 +83,9 @@ def modelled(work: Workload, hardware: Hardware) -> StageTimes:
 
     def seconds(one: Workload) -> dict[StageName, float]:
         forward_s, moved_s = one.forward_flops / hardware.flops, _moved_s(one, hardware)
-        return {name: passes * forward_s + moved_s[name] for name, passes in one.passes.items()}
+        return {
+            name: passes * forward_s + moved_s[name] for name, passes in units_by_stage(one).items()
+        }
 
     return StageTimes(
         mean_over_sizes(work, seconds), f"modelled at {hardware.flops / 1e12:.1f} TFLOP/s a GPU"
@@ -89,12 +97,15 @@ def _moved_s(one: Workload, hardware: Hardware) -> dict[StageName, float]:
     moved_s = {
         role: 2 * stream_bytes(one, role) / hardware.host_bandwidth for role in one.offloading
     }
-    return {name: one.backwards[name] * moved_s.get(name[0], 0.0) for name in one.passes}
+    return {
+        name: backwards_by_stage(one)[name] * moved_s.get(name[0], 0.0)
+        for name in units_by_stage(one)
+    }
 
 
 def _flops(one: Workload) -> dict[StageName, float]:
     """Operations of each stage on one sample, of an iteration of one size."""
-    return {name: passes * one.forward_flops for name, passes in one.passes.items()}
+    return {name: passes * one.forward_flops for name, passes in units_by_stage(one).items()}
 
 
 def measured(path: Path, work: Workload) -> StageTimes:
@@ -113,14 +124,14 @@ def measured(path: Path, work: Workload) -> StageTimes:
         found, flops, where, together = _from_run(folder) if is_run else _from_benchmark(path)
     place = shared_place(path)
     rollout, sample = (GENERATOR, ROLLOUT.name), (GENERATOR, SAMPLE.name)
-    if sample in work.passes and sample not in found and rollout in found:
+    if sample in units_by_stage(work) and sample not in found and rollout in found:
         found[sample], flops[sample] = found[rollout], flops[rollout]
         where += ", generator.sample taken for generator.rollout"
     wanted = mean_over_sizes(work, _flops)
     # A stage may do the work of another one in the run: `fake_score.walk`.
     missing = [
         ".".join(name)
-        for name in work.passes
+        for name in units_by_stage(work)
         if name not in found or (wanted[name] and not flops[name])
     ]
     if missing:
@@ -131,9 +142,11 @@ def measured(path: Path, work: Workload) -> StageTimes:
             "Give the folder of a run with the same fake_score.tracking, fake_score.walk and"
             " objective.method (the benchmark measures SGMD alone), or plan without --measured",
         )
-    factors = {name: wanted[name] / flops[name] if flops[name] else 1.0 for name in work.passes}
+    factors = {
+        name: wanted[name] / flops[name] if flops[name] else 1.0 for name in units_by_stage(work)
+    }
     scaled = any(abs(factor - 1) > 0.01 for factor in factors.values())
-    seconds = {name: found[name] * factors[name] for name in work.passes}
+    seconds = {name: found[name] * factors[name] for name in units_by_stage(work)}
     return StageTimes(seconds, where + (", scaled by operations" if scaled else ""), together)
 
 
@@ -199,7 +212,7 @@ def _from_run(folder: Path) -> _Found:
     labels = [bucket.label for bucket in config.video.buckets]
     at_size = dict(zip(labels, (_flops(one) for _, one in work.sizes), strict=False))
     found: dict[StageName, float] = {}
-    for name in work.passes:
+    for name in units_by_stage(work):
         key, added = ".".join(name), ".".join(_ADDED.get(name, ()))
         times: list[float] = []
         for record in records:

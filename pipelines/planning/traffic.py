@@ -11,7 +11,8 @@ from math import prod
 
 from pipelines.config.roles import DISCRIMINATOR, TEACHER
 from pipelines.planning.kept_bytes import stream_bytes
-from pipelines.planning.workload import StageName, Workload, counted_together, mean_over_sizes
+from pipelines.planning.stage_work import counted_together, mean_over_sizes, passes_by_stage
+from pipelines.planning.workload import StageName, Workload
 from pipelines.stages.algorithm import (
     COMPARE_DATA,
     COMPARE_STEPS,
@@ -124,7 +125,7 @@ def exchanged_bytes(work: Workload) -> dict[StageName, float]:
     if work.buckets is not None:
         return mean_over_sizes(work, exchanged_bytes)
     together, found = dict(work.ulysses), dict[StageName, float]()
-    for stage, passes in work.passes_by_stage.items():
+    for stage, passes in passes_by_stage(work).items():
         if stage.role in together:
             again = passes.backwards * (stage.role in work.checkpointing)
             times = passes.forwards + passes.backwards + again

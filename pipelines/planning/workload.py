@@ -1,16 +1,7 @@
-"""Workload of one iteration: its settings as far as costs go, and its passes by stage.
+"""Workload of one iteration: its settings as far as costs go.
 
-`pipelines.stages.costs` has the passes of each stage, `pipelines.planning.kept_bytes` what roles
-keep, `pipelines.planning.traffic` what they move. With checkpointing, k steps and guidance, in
-forward passes of one sample:
-
-    rollout (k + 1) / 2   denoise 2   signal 2 + i   track 1 + w (fresh: 2 + w)   learn 1 + w
-
-where i and w are the costs of backward passes to the input and to the weights, `PassCosts`.
-
-With shared tracking the two backward passes of the fake score go one after the other over one
-forward pass, so with checkpointing its activations are made three times in all; twice where one
-walk makes both (`fake_score.walk`).
+`pipelines.planning.stage_work` has the work of its stages, `pipelines.planning.kept_bytes` what
+roles keep, `pipelines.planning.traffic` what they move.
 """
 
 import math
@@ -38,28 +29,17 @@ from pipelines.planning.workload_facts import (
     shareable_buckets,
 )
 from pipelines.stages.algorithm import (
-    ANCHOR,
-    DENOISE,
-    DIVERSIFY,
-    LEARN,
-    ROLLOUT,
     SAMPLE,
-    STAGES,
-    START,
     TRACK,
-    StageSpec,
     iteration_program,
 )
-from pipelines.stages.costs import PassCosts, Passes, mean_rollouts, stage_passes
+from pipelines.stages.costs import mean_rollouts
 from pipelines.stages.kind import ALGORITHM_1, IterationKind
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.objectives import restarts_of
 from workers.attention import KERNELS
 from workers.models.shape import DenoiserShape
 from workers.settings import DiversitySettings
-
-COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
-"""Stages of a diversity loss, which the planned program does not have, and their role's own."""
 
 StageName = tuple[str, str]
 """Role and stage."""
@@ -275,17 +255,6 @@ class Workload:
         """The network of a role; a discriminator has a copy of the teacher's."""
         return self.others.get(TEACHER if role == DISCRIMINATOR else role, self.shape)
 
-    def made_again(self, role: str) -> float:
-        """Part of a forward pass that is made again for each backward pass of a role."""
-        if role not in self.selective:
-            return float(role in self.checkpointing)
-        shape = self.shape_of(role)
-        flops = shape.pass_flops(self.latent_shape, self.text_length)
-        tokens = shape.num_tokens(self.latent_shape)
-        # Of attention that of the tokens to each other; the rest looks at the caption.
-        kept = flops.attention * tokens / (tokens + self.text_length)
-        return 1 - kept / flops.forward
-
     def updates_with(self, stage: StageName) -> int:
         """Times that an iteration goes through a stage: fresh tracking repeats its own."""
         return self.kind.tracking_updates if stage in TRACKING_STAGES else 1
@@ -299,8 +268,8 @@ class Workload:
     def program(self) -> Program:
         """The passes and updates of the iteration.
 
-        A diversity loss has no stages of its own here: `passes` adds its work to those of the same
-        role.
+        A diversity loss has no stages of its own here: `pipelines.planning.stage_work` adds its
+        work to those of the same role.
         """
         return iteration_program(replace(self.kind, diversity=False))
 
@@ -308,72 +277,6 @@ class Workload:
     def forward_flops(self) -> int:
         """Operations of one forward pass of one sample."""
         return self.shape.forward_flops(self.latent_shape, self.text_length)
-
-    @property
-    def costs(self) -> dict[str, PassCosts]:
-        """Costs of each role's passes at this clip's size, in forward passes of the teacher."""
-        flops = {
-            role: self.shape_of(role).pass_flops(self.latent_shape, self.text_length)
-            for role in self.roles
-        }
-        return {role: PassCosts.of(own, flops[TEACHER].forward) for role, own in flops.items()}
-
-    @property
-    def passes(self) -> dict[StageName, float]:
-        """Work of one call of each stage on one sample, in forward passes.
-
-        The stages of a diversity loss are counted with the role's own: see `program`.
-        """
-        return counted_together(self.stage_units)
-
-    @property
-    def backwards(self) -> dict[StageName, float]:
-        """Backward passes of one sample by stage, those of a diversity loss as in `passes`."""
-        table = self.passes_by_stage
-        return counted_together(
-            {(stage.role, stage.name): passes.backwards for stage, passes in table.items()}
-        )
-
-    def split_by_stage(self, seconds: Mapping[StageName, float]) -> dict[StageName, float]:
-        """Splits seconds that hold those of a diversity loss among its stages, by their work."""
-        found: dict[StageName, float] = {}
-        for (role, stage), units in self.stage_units.items():
-            counted = COUNTED_WITH.get(STAGES[role, stage])
-            name = (role, stage) if counted is None else (counted.role, counted.name)
-            # A stage that asks no network has no other with it.
-            part = units / self.passes[name] if units else 1.0
-            found[role, stage] = seconds[name] * part
-        return found
-
-    @cached_property
-    def stage_units(self) -> Mapping[StageName, float]:
-        """Work of one call of each stage on one sample, in forward passes of the generator."""
-        return {
-            (stage.role, stage.name): self._relative_cost(stage.role)
-            * passes.units(self._costs_of(stage.role), checkpointed=self.made_again(stage.role))
-            for stage, passes in self.passes_by_stage.items()
-        }
-
-    def _costs_of(self, role: str) -> PassCosts:
-        return PassCosts.of(self.shape_of(role).pass_flops(self.latent_shape, self.text_length))
-
-    def _relative_cost(self, role: str) -> float:
-        """Operations of a forward pass of a role over those of the generator's."""
-        own = self.shape_of(role)
-        if own is self.shape:
-            return 1.0
-        return own.forward_flops(self.latent_shape, self.text_length) / self.forward_flops
-
-    @property
-    def passes_by_stage(self) -> Mapping[StageSpec, Passes]:
-        """Passes of one sample, for one call of each stage."""
-        return stage_passes(
-            self.kind,
-            rollout=self.rollout,
-            sample=self.sample,
-            guided=self.guided,
-            anchor_steps=self.diversity.num_anchor_steps,
-        )
 
 
 def remember(
@@ -392,30 +295,4 @@ def remember(
             known[key] = figure(work, *args, **kwargs)
         return known[key]
 
-    return found
-
-
-def mean_over_sizes(
-    work: Workload, table: Callable[[Workload], Mapping[StageName, float]]
-) -> dict[StageName, float]:
-    """Mean of a figure of each stage over the sizes that are trained, by their weights.
-
-    Args:
-        work: The iteration.
-        table: The figure by stage, of an iteration of one size.
-    """
-    found: dict[StageName, float] = {}
-    for share, one in work.sizes:
-        for name, value in table(one).items():
-            found[name] = found.get(name, 0.0) + share * value
-    return found
-
-
-def counted_together(units: Mapping[StageName, float]) -> dict[StageName, float]:
-    """Adds the stages of a diversity loss to those that they are counted with."""
-    found: dict[StageName, float] = {}
-    for (role, stage), value in units.items():
-        counted = COUNTED_WITH.get(STAGES[role, stage])
-        name = (role, stage) if counted is None else (counted.role, counted.name)
-        found[name] = found.get(name, 0.0) + value
     return found

@@ -13,6 +13,7 @@ from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import ROLES
 from pipelines.planning.savings import SAVINGS
 from pipelines.planning.stage_times import measured
+from pipelines.planning.stage_work import units_by_stage
 from pipelines.planning.workload import Workload
 from tests.benchmarks.on_gpu import (
     ROOT,
@@ -223,7 +224,7 @@ def test_passes_are_those_of_a_plan():
         checkpointing=frozenset(ROLES),
     )  # fmt: skip
     assert role_stages.passes_of(case) == {
-        ".".join(name): passes for name, passes in work.passes.items()
+        ".".join(name): passes for name, passes in units_by_stage(work).items()
     }
 
 

@@ -14,6 +14,7 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.run import distill, dry_run
 from pipelines.evaluation.plan import EvaluationOptions, EvaluationPlan, plan_evaluation
 from pipelines.planning.memory import fake_score_memory, generator_memory, teacher_memory
+from pipelines.planning.stage_work import stage_units
 from pipelines.planning.traffic import gathered_bytes
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder, read_jsonl
@@ -172,6 +173,6 @@ def test_a_plan_counts_both_sizes(make_recipe: MakeRecipe, wide: Path) -> None:
     assert fake_score_memory(both, 1, 2, 2).total > fake_score_memory(alone, 1, 2, 2).total
     assert fake_score_memory(teacher, 1, 2, 2) == fake_score_memory(alone, 1, 2, 2)
     assert generator_memory(both, 1, 2, 2) == generator_memory(alone, 1, 2, 2)
-    for name, units in both.stage_units.items():
-        assert (units > alone.stage_units[name]) == (name[0] != GENERATOR)
+    for name, units in stage_units(both).items():
+        assert (units > stage_units(alone)[name]) == (name[0] != GENERATOR)
     assert gathered_bytes(both)[TEACHER, "denoise"] > gathered_bytes(alone)[TEACHER, "denoise"]

@@ -13,6 +13,7 @@ from pipelines.planning.mixed import SPARE, mixed_layouts, mixed_maps
 from pipelines.planning.plan import make_mixed_plan, make_plan
 from pipelines.planning.pool_maps import LEARN
 from pipelines.planning.stage_times import modelled
+from pipelines.planning.stage_work import units_by_stage
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from tests.pipelines.planning.test_planning import sgmd
@@ -33,7 +34,7 @@ def planned(*texts: str):
 
 def work_s(*texts: str) -> float:
     """Seconds of an iteration in which no GPU ever waits."""
-    forwards = sum(WORK.passes.values()) * WORK.batch_size
+    forwards = sum(units_by_stage(WORK).values()) * WORK.batch_size
     return (
         forwards
         * WORK.forward_flops

@@ -26,6 +26,7 @@ from pipelines.planning.passes import (
     total_units,
     units_by_role,
 )
+from pipelines.planning.stage_work import role_costs
 from pipelines.planning.workload import Workload
 from pipelines.stages.costs import PassCosts, Passes
 from pipelines.transition import make_transition
@@ -134,19 +135,19 @@ def test_the_cost_of_an_iteration_is_that_of_the_method_cards(method, units):
 def test_attention_makes_the_signal_dearer_than_a_forward_pass():
     """480x832, 81 frames: attention is 0.70 of a forward pass, and the weights see none of it."""
     work = Workload.of(load_recipe("wan21-1.3b"), "1.3b")
-    for own in work.costs.values():
+    for own in role_costs(work).values():
         assert own.forward == 1
         assert own.to_input == pytest.approx(1.70, abs=0.005)
         assert own.to_weights == pytest.approx(2.0, abs=1e-3)
     shared, dmd2 = (expected_passes(config_of(*METHODS[name])) for name in ("sgmd shared", "dmd2"))
-    assert units_by_role(shared, work.costs)["fake_score"] == pytest.approx(4.70, abs=0.005)
-    units = [total_units(table, work.costs, checkpointed=True) for table in (shared, dmd2)]
+    assert units_by_role(shared, role_costs(work))["fake_score"] == pytest.approx(4.70, abs=0.005)
+    units = [total_units(table, role_costs(work), checkpointed=True) for table in (shared, dmd2)]
     assert units[1] / units[0] == pytest.approx(2.89, abs=0.005)
 
 
 def test_costs_are_those_of_the_recipes_clip():
     config = config_of()
-    assert pass_costs(config) == Workload.of(config).costs
+    assert pass_costs(config) == role_costs(Workload.of(config))
     small = pass_costs(config)["generator"]
     # Products with data as their input end a pass to the weights early: a little less than two.
     assert 1.02 < small.to_input < 1.03

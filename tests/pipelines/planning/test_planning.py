@@ -34,6 +34,7 @@ from pipelines.planning.pool_maps import PoolMap, fused_map, map_fits, map_memor
 from pipelines.planning.savings import fitting_savings, run_fits, savings
 from pipelines.planning.search import PoolSplit, find_batch, find_best, predict, rank_memory
 from pipelines.planning.stage_times import StageTimes, measured, modelled, rescaled, update_s
+from pipelines.planning.stage_work import units_by_stage
 from pipelines.planning.traffic import exchanged_bytes, gathered_bytes, result_bytes
 from pipelines.planning.workload import Workload
 from pipelines.stages.kind import IterationKind
@@ -133,7 +134,7 @@ class TestSeveralSizes:
             flops_there = flops[bucket.height // 8]
             seconds = {
                 ".".join(name): passes * flops_there * config.batch.size / rate
-                for name, passes in dict(work.sizes)[0.25].passes.items()
+                for name, passes in units_by_stage(dict(work.sizes)[0.25]).items()
                 if passes
             }
             lines.append(
@@ -146,7 +147,7 @@ class TestSeveralSizes:
             )
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         found = measured(run, work).seconds[(TEACHER, "denoise")]
-        passes = work.passes[TEACHER, "denoise"]
+        passes = units_by_stage(work)[TEACHER, "denoise"]
         mean = 0.25 * flops[4] + 0.75 * flops[8]
         assert found == pytest.approx(passes * mean / rate, rel=1e-6)
 
@@ -265,15 +266,17 @@ class TestWork:
     def test_an_iteration_takes_fourteen_passes_and_fewer_without_checkpointing(self):
         # A backward pass to the input costs 1.70 forward passes, attention's share and one.
         fake_score = 1 + 1.6984 + 2
-        assert sum(SMALL.passes.values()) == pytest.approx(5.5 + 2 + fake_score + 2, abs=1e-3)
+        assert sum(units_by_stage(SMALL).values()) == pytest.approx(
+            5.5 + 2 + fake_score + 2, abs=1e-3
+        )
         kept = replace(SMALL, checkpointing=frozenset())
-        assert sum(kept.passes.values()) == pytest.approx(4.5 + 2 + fake_score, abs=1e-3)
+        assert sum(units_by_stage(kept).values()) == pytest.approx(4.5 + 2 + fake_score, abs=1e-3)
 
     def test_one_walk_for_both_gradients_saves_a_forward_pass_and_only_with_checkpointing(self):
         for work, saved in ((SMALL, 1), (replace(SMALL, checkpointing=frozenset()), 0)):
-            joint = work.walking(joint=True).passes
+            joint = units_by_stage(work.walking(joint=True))
             assert joint[FAKE_SCORE, "track"] == 0
-            assert sum(joint.values()) == pytest.approx(sum(work.passes.values()) - saved)
+            assert sum(joint.values()) == pytest.approx(sum(units_by_stage(work).values()) - saved)
 
     @pytest.mark.parametrize(
         "settings",
@@ -305,7 +308,7 @@ class TestWork:
         assert gathered_bytes(joint)[names[1]] == 0
 
     def test_fresh_tracking_samples_and_predicts_again(self):
-        extra = replace(SMALL, kind=IterationKind(1)).passes
+        extra = units_by_stage(replace(SMALL, kind=IterationKind(1)))
         assert extra[GENERATOR, "sample"] == 2.5
         assert extra[FAKE_SCORE, "track"] == pytest.approx(1 + 3, abs=1e-4)
 
@@ -639,7 +642,7 @@ class TestSearch:
         def seconds(call):
             if call.micro_batch is None:
                 return 0.0
-            return work.passes[call.role, call.stage] * forward_s * call.num_samples
+            return units_by_stage(work)[call.role, call.stage] * forward_s * call.num_samples
 
         calls = order_calls(
             work.program,
@@ -912,10 +915,10 @@ class TestMeasured:
             Workload.of(load_recipe("tiny", [again, f"fake_score.walk={walk}"]))
             for walk in ("apart", "joint")
         ]
-        spent = {".".join(name): 16 * units for name, units in works[0].passes.items()}
+        spent = {".".join(name): 16 * units for name, units in units_by_stage(works[0]).items()}
         line = json.dumps(_RECORD | {"seconds": {"total": 1.0, **spent}})
         (run / "metrics.jsonl").write_text(line + "\n")
-        assert measured(run, works[1]).seconds == pytest.approx(works[1].passes)
+        assert measured(run, works[1]).seconds == pytest.approx(units_by_stage(works[1]))
         settings = [again, "fake_score.walk=joint", "sweep.settings={}", "sweep.grid={}"]
         (run / "config.yaml").write_text(load_recipe("tiny", settings).to_yaml())
         with pytest.raises(ConfigError, match=r"no time of fake_score\.track"):
@@ -958,7 +961,7 @@ class TestMeasured:
     def test_fresh_tracking_is_planned_from_a_benchmark_and_sid_is_sent_to_a_run(self, tmp_path):
         stages = {
             ".".join(name): {"seconds_per_sample": passes * 0.5, "passes": passes}
-            for name, passes in SMALL.passes.items()
+            for name, passes in units_by_stage(SMALL).items()
         }
         own = {"num_layers": 30, "width": 1536, "ffn_width": 8960, "patch_size": [1, 2, 2]}
         run = {"shape": own, "latent_shape": list(LATENTS), "text_length": 512, "stages": stages}
@@ -977,7 +980,7 @@ class TestMeasured:
         own = {"num_layers": 30, "width": 1536, "ffn_width": 8960, "patch_size": [1, 2, 2]}
         stages = {
             ".".join(name): {"seconds_per_sample": passes * 0.5, "passes": passes}
-            for name, passes in SMALL.passes.items()
+            for name, passes in units_by_stage(SMALL).items()
         }
         slow = {name: {**stage, "seconds_per_sample": 99.0} for name, stage in stages.items()}
         shared = {"shape": own, "latent_shape": list(LATENTS), "text_length": 512}
@@ -998,7 +1001,7 @@ class TestMeasured:
         own = {"num_layers": 30, "width": 1536, "ffn_width": 8960, "patch_size": [1, 2, 2]}
         stages = {
             ".".join(name): {"seconds_per_sample": passes * 0.5, "passes": passes}
-            for name, passes in SMALL.passes.items()
+            for name, passes in units_by_stage(SMALL).items()
         }
         assert stages["fake_score.signal"]["passes"] > 3.6
         if not as_now:
