@@ -1,7 +1,6 @@
 """Files of a job's package: what of the working directory travels, and what stays at home."""
 
 import logging
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
@@ -63,14 +62,13 @@ A leading slash means the folder on top alone: a package may have a `data` of it
 """
 
 
-def stays_at_home(path: PurePosixPath, excludes: Sequence[str] = EXCLUDED) -> bool:
+def stays_at_home(path: PurePosixPath) -> bool:
     """Returns True if a file or folder of the working directory is not uploaded.
 
     Args:
         path: Its path there.
-        excludes: Patterns of what is left out.
     """
-    for pattern in excludes:
+    for pattern in EXCLUDED:
         name = pattern.strip("/")
         parts = path.parts[:1] if pattern.startswith("/") else path.parts
         if any(fnmatchcase(part, name) for part in parts):

@@ -126,7 +126,7 @@ class ProgressReporter:
         """Starts the reports; they end with the process."""
         self._said.listen()
         context = ray.get_runtime_context()
-        log = _file_of(2)
+        log = _error_file()
         if folder := Path(log).parent if log else None:
             with suppress(OSError):
                 self._stacks = (folder / f"stacks-{os.getpid()}.txt").open("w")
@@ -295,8 +295,9 @@ def _rss_bytes() -> int:
     return 0
 
 
-def _file_of(descriptor: int) -> str:
+def _error_file() -> str:
+    """Path of the file that standard error goes to; empty where it is none."""
     with suppress(OSError):
-        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        path = Path("/proc/self/fd/2").readlink()
         return str(path) if path.is_file() else ""
     return ""

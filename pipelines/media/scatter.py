@@ -86,18 +86,15 @@ def scatter(
     return "".join([*parts, "</svg>"])
 
 
-def smoothed(
-    places: Sequence[float], values: Sequence[float], at: float, bandwidth: float = _BANDWIDTH
-) -> tuple[float, float]:
+def smoothed(places: Sequence[float], values: Sequence[float], at: float) -> tuple[float, float]:
     """Weighted mean near a place, and its standard error.
 
     Args:
         places: From 0 to 1.
         values: At these places.
         at: Where.
-        bandwidth: Standard deviation of the weights.
     """
-    weights = [math.exp(-0.5 * ((place - at) / bandwidth) ** 2) for place in places]
+    weights = [math.exp(-0.5 * ((place - at) / _BANDWIDTH) ** 2) for place in places]
     total = sum(weights)
     mean = sum(w * v for w, v in zip(weights, values, strict=True)) / total
     spread = sum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True)) / total

@@ -71,7 +71,7 @@ def emit_manifest(
     if kind == "dockerfile":
         python = given.get("python", ".".join(platform.python_version_tuple()[:2]))
         return dockerfile(image, _FOLDERS, python, made_by)
-    limit = _whole(given, "gpus-per-machine", plan.hardware.ranks_per_machine)
+    limit = _gpus_per_machine(given, plan.hardware.ranks_per_machine)
     request = DeploymentRequest(config, plan, limit, image, made_by, _nodes(given, plan))
     if kind in ("kuberay", "raycluster"):
         render = ray_job if kind == "kuberay" else ray_cluster
@@ -122,10 +122,12 @@ def _require_form(kind: str, key: str, value: str) -> None:
         )
 
 
-def _whole(given: Mapping[str, str], key: str, default: int) -> int:
-    text = given.get(key, str(default))
+def _gpus_per_machine(given: Mapping[str, str], default: int) -> int:
+    text = given.get("gpus-per-machine", str(default))
     if not text.isdecimal() or not int(text):
-        raise ConfigError("emitting a manifest", f"--with {key}={text}", "a whole number above 0")
+        raise ConfigError(
+            "emitting a manifest", f"--with gpus-per-machine={text}", "a whole number above 0"
+        )
     return int(text)
 
 

@@ -112,7 +112,7 @@ def gaussian_csv(results: GaussianResults) -> str:
 def _cells(figures: Mapping[str, Sequence[float]], against: str) -> list[str]:
     return [
         _mean(figures[ENERGY], 4),
-        _median(figures[ENERGY], 4),
+        _median(figures[ENERGY]),
         against,
         _mean(figures[LOST_MODES], 2),
         _mean(figures[ON_MODE], 3),
@@ -120,10 +120,10 @@ def _cells(figures: Mapping[str, Sequence[float]], against: str) -> list[str]:
     ]
 
 
-def _median(values: Sequence[float], decimals: int) -> str:
+def _median(values: Sequence[float]) -> str:
     """One seed that broke moves it little; one that is not finite is worse than any other."""
     found = median(value if math.isfinite(value) else math.inf for value in values)
-    return f"{found:.{decimals}f}" if math.isfinite(found) else "not finite"
+    return f"{found:.4f}" if math.isfinite(found) else "not finite"
 
 
 def _mean(values: Sequence[float], decimals: int) -> str:
