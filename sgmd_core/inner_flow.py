@@ -148,7 +148,8 @@ def inner_update(y_s: Latents, head: Latents, s: PerSample, r: PerSample) -> Lat
 def _gain(s: PerSample) -> PerSample:
     """The factor k."""
     line = (2 - s / _STRAIGHT_FROM) / _STRAIGHT_FROM
-    return torch.where(s < _STRAIGHT_FROM, line, 1 / s.clamp_min(_STRAIGHT_FROM))
+    # No clamp: its derivative at the bound is 1 or 0, depending on torch's version.
+    return torch.where(s < _STRAIGHT_FROM, line, 1 / torch.where(s < _STRAIGHT_FROM, 1.0, s))
 
 
 def inner_sample(head: InnerHead, inner_noise: Latents, grid: InnerGrid) -> Latents:

