@@ -4,6 +4,7 @@ Heavy imports stand inside the commands, so that `--help` is there at once. Exit
 shown of errors: `pipelines.commands.failures`.
 """
 
+import os
 import sys
 import traceback
 from importlib.metadata import PackageNotFoundError, version
@@ -125,6 +126,8 @@ def main() -> None:
     """Runs the command line."""
     hold_standard_files()
     hold_messages()
+    if os.environ.get("COLUMNS") == "0":
+        del os.environ["COLUMNS"]  # Rich would print nothing in this width.
     stops = take_stops()
     try:
         app(obj=stops)
@@ -135,6 +138,9 @@ def main() -> None:
             typer.echo(words, err=True)
         stops.exit_code = end.code if isinstance(end.code, int) else int(bool(words))
         leave_process(stops.exit_code, is_whole=not stops.received)
+    except OSError as error:
+        # Of the help and the version, which are shown before a command begins.
+        sys.exit(report_failure(error, sys.argv[1], sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -173,6 +173,36 @@ def test_an_error_that_nobody_can_be_told_keeps_its_exit_code(streams: str):
     assert done.returncode == 2
 
 
+@pytest.mark.parametrize("wanted", ["--help", "--version", "plan --help"])
+@pytest.mark.slow
+def test_help_that_a_full_disk_does_not_take_is_an_error_in_words(wanted: str):
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m pipelines.cli {wanted} >/dev/full'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_terminal_that_says_it_has_no_width_gets_the_usual_one():
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "recipes", "list"],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "tiny" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("streams", "code", "said"),
     [
