@@ -202,56 +202,77 @@ def process_needs(
 ) -> list[ProcessNeed]:
     """Bytes of every process, by the planner's memory model; of encoders the weights."""
     topology, work = config.topology, Workload.of(config)
-    needs: list[ProcessNeed] = []
     if topology.shares_pools:
-        one = PoolMap(
-            {name: pool.ranks for name, pool in topology.role_pools_of(config.roles).items()},
-            topology.places_of(config.roles),
-            config.batch.micro_batches,
-            topology.depth,
-        )
-        for name, memory in map_memory(work, one).items():
-            words = "all roles" if one.roles_on(name) == config.roles else f"pool {name}"
-            pool = topology.role_pools_of(config.roles)[name]
-            needs.append(
-                ProcessNeed(name, words, memory.total, pool.gpus, pool.ranks, memory.main_memory)
-            )
+        needs = _needs_of_pools(config, work)
     elif topology.mode == "local" and work.adapters:
-        places = dict.fromkeys(config.roles, ("local",))
-        one = PoolMap({"local": 1}, places, config.batch.micro_batches)
-        gpus = max(pool.gpus for pool in (topology.generator, topology.teacher))
-        memory = map_memory(work, one)["local"]
-        needs.append(ProcessNeed("local", "all roles", memory.total, gpus, 1, memory.main_memory))
+        needs = [_need_of_one_process(config, work)]
     else:
-        teams = topology.teams_of(config.roles)
-        split = PoolSplit(
-            teams[GENERATOR].ranks,
-            teams[TEACHER].replicas,
-            teams[FAKE_SCORE].ranks,
-            config.batch.micro_batches,
-            topology.depth,
-            teams[TEACHER].ranks,
-        )
-        own = {GENERATOR: topology.generator, TEACHER: topology.teacher}
-        own[FAKE_SCORE] = topology.fake_score
-        memories = rank_memory(work, split)
-        if DISCRIMINATOR in config.roles:
-            own[DISCRIMINATOR] = topology.discriminator
-            ranks = topology.discriminator.ranks
-            samples = -(-config.batch.size // config.batch.micro_batches // ranks)
-            memories[DISCRIMINATOR] = discriminator_memory(work, ranks, samples)
-        needs += [
-            ProcessNeed(
-                role,
-                role.replace("_", " "),
-                memory.total,
-                own[role].gpus,
-                teams[role].size,
-                memory.main_memory,
-            )
-            for role, memory in memories.items()
-        ]
+        needs = _needs_of_roles(config, work)
     return needs + _needs_beside(config, work, model, encoding)
+
+
+def _needs_of_pools(config: DistillConfig, work: Workload) -> list[ProcessNeed]:
+    topology = config.topology
+    pools = topology.role_pools_of(config.roles)
+    one = PoolMap(
+        {name: pool.ranks for name, pool in pools.items()},
+        topology.places_of(config.roles),
+        config.batch.micro_batches,
+        topology.depth,
+    )
+    return [
+        ProcessNeed(
+            name,
+            "all roles" if one.roles_on(name) == config.roles else f"pool {name}",
+            memory.total,
+            pools[name].gpus,
+            pools[name].ranks,
+            memory.main_memory,
+        )
+        for name, memory in map_memory(work, one).items()
+    ]
+
+
+def _need_of_one_process(config: DistillConfig, work: Workload) -> ProcessNeed:
+    """Need of a process whose roles share one base of adapters."""
+    topology = config.topology
+    places = dict.fromkeys(config.roles, ("local",))
+    one = PoolMap({"local": 1}, places, config.batch.micro_batches)
+    gpus = max(pool.gpus for pool in (topology.generator, topology.teacher))
+    memory = map_memory(work, one)["local"]
+    return ProcessNeed("local", "all roles", memory.total, gpus, 1, memory.main_memory)
+
+
+def _needs_of_roles(config: DistillConfig, work: Workload) -> list[ProcessNeed]:
+    topology = config.topology
+    teams = topology.teams_of(config.roles)
+    split = PoolSplit(
+        teams[GENERATOR].ranks,
+        teams[TEACHER].replicas,
+        teams[FAKE_SCORE].ranks,
+        config.batch.micro_batches,
+        topology.depth,
+        teams[TEACHER].ranks,
+    )
+    own = {GENERATOR: topology.generator, TEACHER: topology.teacher}
+    own[FAKE_SCORE] = topology.fake_score
+    memories = rank_memory(work, split)
+    if DISCRIMINATOR in config.roles:
+        own[DISCRIMINATOR] = topology.discriminator
+        ranks = topology.discriminator.ranks
+        samples = -(-config.batch.size // config.batch.micro_batches // ranks)
+        memories[DISCRIMINATOR] = discriminator_memory(work, ranks, samples)
+    return [
+        ProcessNeed(
+            role,
+            role.replace("_", " "),
+            memory.total,
+            own[role].gpus,
+            teams[role].size,
+            memory.main_memory,
+        )
+        for role, memory in memories.items()
+    ]
 
 
 def _needs_beside(
