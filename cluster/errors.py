@@ -150,19 +150,23 @@ class StartTimeoutError(ClusterError, TimeoutError):
         group: Name of the worker group.
         states: What each rank has come to, by rank.
         timeout_s: How long they were waited for.
+        printed: Sentence with the output of processes that ended as they started, or empty.
     """
 
-    def __init__(self, group: str, states: tuple[str, ...], timeout_s: float) -> None:
+    def __init__(
+        self, group: str, states: tuple[str, ...], timeout_s: float, printed: str = ""
+    ) -> None:
         rows = "\n".join(f"  {group}[{rank}]  {state}" for rank, state in enumerate(states))
         super().__init__(
             f"starting the {count_in_words(len(states), 'rank')} of {group}",
-            f"after {timeout_s:g} s\n{rows}\n",
+            f"after {timeout_s:g} s\n{rows}\n{printed}",
             "all of them to be ready",
             "A process that has not started waits for its bundle or for its environment (`ray "
-            "status`); one that is building reads its networks or waits for the other ranks. Raise "
+            "status`), or ends as it starts (raylet.err among Ray's logs on its machine). One that "
+            "is building reads its networks or waits for the other ranks. Raise "
             "topology.start_timeout_s if that takes long here",
         )
-        self.args = (group, states, timeout_s)
+        self.args = (group, states, timeout_s, printed)
         self.group = group
         self.states = states
         self.timeout_s = timeout_s

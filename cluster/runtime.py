@@ -52,7 +52,8 @@ _SYSTEM_SETTINGS = {
 }
 """Settings of Ray in a new cluster. Its control service remembers the last 100,000 calls by
 default, 250 MB of them, for its dashboard, which a new cluster does not have. It would also start a
-worker for each core in advance; a run uses few of them."""
+worker for each core in advance, of which a run uses few, and wait for them without a limit where
+they abort."""
 _NO_HANDLER_IN_C = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 

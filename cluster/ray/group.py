@@ -34,6 +34,7 @@ from cluster.ray.failures import OPEN_GROUPS, first_failure, late_call, raise_ca
 from cluster.ray.future import RayFuture
 from cluster.ray.host import ArgLayout, CallSpec, LocalRef, SplitArgument, part_of_batch
 from cluster.ray.hosts import Hosts, OwnedResult
+from cluster.ray.starting import printed_at_start
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Work, current_label
 from cluster.transfer import array_in, from_wire, pack, to_wire, unpack
@@ -50,6 +51,7 @@ from cluster.worker_group import (
 Ts = TypeVarTuple("Ts")
 
 _ANSWER_TIMEOUT_S = 600.0
+_NOT_STARTED = "its process has not started"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,8 @@ class RayWorkerGroup(WorkerGroup[W]):
             self.fetch(self._ready, timeout_s, f"starting the {self.size} ranks of {self.name}")
         except CallTimeoutError:
             states = [self._start_state(rank) for rank in range(self.size)]
-            raise StartTimeoutError(self.name, tuple(states), timeout_s) from None
+            printed = printed_at_start() if _NOT_STARTED in states else ""
+            raise StartTimeoutError(self.name, tuple(states), timeout_s, printed) from None
 
     def fetch(self, futures: Sequence[Future[R]], timeout_s: float, attempted: str) -> list[R]:
         """Waits for small results; see `WorkerGroup.fetch`."""
@@ -352,7 +355,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         seat = self._seats[rank]
         where, ready = seat.hosts.places[seat.index], self._ready[rank].reference
         if not ray.wait([where], timeout=0)[0]:
-            return "its process has not started"
+            return _NOT_STARTED
         try:
             machine = ray.get(where)
         except RayError as error:

@@ -14,6 +14,7 @@ EXAMPLES = [
     errors.NodeLostError("painters", 1, "painting", "no word", "host", (("painters", 1),)),
     errors.CallTimeoutError("painters", 1, "paint", "painting", 2.5),
     errors.StartTimeoutError("painters", ("ready", "its process has not started"), 2.5),
+    errors.StartTimeoutError("painters", ("its process has not started",), 2.5, "It printed: no"),
     *(
         kind(*WORDS)
         for kind in (

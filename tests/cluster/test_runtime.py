@@ -299,6 +299,52 @@ def test_a_start_that_comes_too_late_is_tried_once_more(tmp_path, late, told):
     assert result.stdout.strip() == told, result.stderr
 
 
+BROKEN_WORKERS = """
+import os, sys
+if b"default_worker.py" in open("/proc/self/cmdline", "rb").read():
+    sys.stderr.write("libfoo.so: undefined symbol\\n")
+    sys.stderr.flush()
+    os.abort()
+"""
+"""A `sitecustomize`, which every interpreter imports: as a library that does not fit here."""
+
+STARTS_BROKEN_WORKERS = """
+import sys
+import ray
+from cluster.errors import StartTimeoutError
+from cluster.ray.group import RayWorkerGroup
+from cluster.ray.pools import Pool
+from cluster.ray.topology import reserve
+from cluster.runtime import start_ray
+from tests.cluster.toys import make_toy
+
+sizes = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "temp_dir": sys.argv[1]}
+with (
+    start_ray(**sizes),
+    reserve([Pool("broken", cpus_per_rank=0.1)], timeout_s=60) as placement,
+    RayWorkerGroup("broken", make_toy, (1,), placement) as group,
+):
+    try:
+        group.wait_ready(15)
+    except StartTimeoutError as error:
+        print(error)
+assert not ray.is_initialized()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_that_abort_as_they_start_are_told_with_what_they_printed(tmp_path, ray_folder):
+    (tmp_path / "sitecustomize.py").write_text(BROKEN_WORKERS)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    folder = str(ray_folder / "broken")
+    result = _run(STARTS_BROKEN_WORKERS, folder, home=tmp_path, PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+    assert "its process has not started" in result.stdout
+    assert "/logs/raylet.err, ends in: " in result.stdout
+    assert "libfoo.so: undefined symbol" in result.stdout
+
+
 HAS_A_CLUSTER = """
 import sys, time
 import ray
