@@ -52,11 +52,13 @@ class Extension:
             expected: What it should be.
         """
         point = self.point
+        # A point that belongs to no installed package has none.
+        package = f" {point.dist.name} {point.dist.version}" if point.dist else ""
         return ConfigError(
             f"loading the {self.kind} {point.name} ({point.value}, entry point of {point.group})",
             found,
             expected,
-            "Correct or uninstall the package that provides it",
+            f"Correct or uninstall the package{package or ' that provides it'}",
         )
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from pipelines.config.methods import load_method
 from pipelines.run.folder import RunFolder, read_jsonl
-from sgmd_core.errors import ConfigError
+from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.objectives import Objective
 from sgmd_core.types import detached
 from tests.helpers.families import write_package
@@ -30,7 +30,7 @@ from tests.helpers.small_network import (
     x0_prediction,
 )
 from tests.helpers.toy_family import ToyFamily, write_toy
-from workers.measures import ENTRY_POINTS, MEASURES, load_measure, measure_source
+from workers.measures import ENTRY_POINTS, MEASURES, load_measure, measure_source, one_figure
 from workers.models.families import families, load_family
 from workers.models.family import Denoiser, ModelFamily
 from workers.models.shape import DenoiserShape
@@ -233,6 +233,30 @@ def test_an_objective_whose_fields_no_recipe_can_hold_is_refused(name, words):
     assert "\n" not in caught.value.found
 
 
+@dataclass(frozen=True)
+class TakesOneVelocity(PseudoHuberObjective):
+    method: Literal["one_velocity"] = "one_velocity"  # pyright: ignore
+
+    def generator_loss(self, query, velocity_fake):  # pyright: ignore
+        return self.tracking_loss(query, velocity_fake)
+
+
+def test_an_objective_whose_loss_takes_other_arguments_is_refused():
+    usable = EntryPoint("odd", f"{__name__}:PseudoHuberObjective", "sgmd.objectives")
+    assert load_method(usable) is PseudoHuberObjective
+    point = EntryPoint("odd", f"{__name__}:TakesOneVelocity", "sgmd.objectives")
+    words = r"generator_loss\(self, query, velocity_fake\)\. Expected generator_loss as in"
+    with pytest.raises(ConfigError, match=words):
+        load_method(point)
+
+
+@pytest.mark.parametrize("value", [0.5, torch.zeros(()), torch.zeros(1, 3), torch.zeros(2)])
+def test_a_measure_that_returns_anything_but_one_value_a_clip_is_refused(value):
+    assert one_figure("brightness", torch.ones(1)).tolist() == [1.0]
+    with pytest.raises(ShapeError, match=r"^While measuring brightness on a clip: .*shape \(1,\)"):
+        one_figure("brightness", value)
+
+
 def test_a_package_that_exits_when_it_is_imported_is_refused(tmp_path, monkeypatch):
     (tmp_path / "package_that_exits.py").write_text("import sys\nsys.exit('no licence')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -286,6 +310,7 @@ def test_extensions_that_cannot_be_used_are_left_out_with_a_warning_each(tmp_pat
     assert "left out, as it cannot be used: odd (ModuleNotFoundError: " in another
     for kind in ("a measure", "an objective", "a model family"):
         assert done.stderr.count(f"{kind} is left out: While loading") == 1
+    assert done.stderr.count("Correct or uninstall the package my-package 1.0") == 3
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgmd_core.errors import ShapeError
 from sgmd_core.extensions import Extension, load_extensions
 from sgmd_core.metrics.appearance import contrast, saturation, sharpness
 from sgmd_core.metrics.distributions import (
@@ -306,4 +307,26 @@ def measure_clip_figures(video: Tensor, fps: int) -> dict[str, Tensor]:
 
 
 def _figures(view: ClipView) -> dict[str, Tensor]:
-    return {name: function(view) for name, function in CLIP_MEASURES.items()}
+    return {name: one_figure(name, function(view)) for name, function in CLIP_MEASURES.items()}
+
+
+def one_figure(name: str, value: Any) -> Tensor:  # noqa: ANN401  (whatever a function returns)
+    """The value of a measure for one clip, checked.
+
+    Several values a clip would be averaged without an error, and have the interval of more clips or
+    of fewer.
+
+    Raises:
+        ShapeError: It is not a tensor of one element, (1,).
+    """
+    if isinstance(value, Tensor) and value.shape == (1,):
+        return value
+    shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    # Package and version, or the object that it is where no package has it.
+    origins = [" ".join(each[2:]) or each[1] for each in OUTSIDE_ORIGINS if each[0] == name]
+    raise ShapeError(
+        f"measuring {' of '.join([name, *origins])} on a clip",
+        shape,
+        "a tensor of shape (1,), one value for the clip",
+        "Correct the function of the measure",
+    )

@@ -15,6 +15,7 @@ the tests that run over all methods are made from `METHODS`.
 """
 
 import functools
+import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint
@@ -56,6 +57,8 @@ _OWN: tuple[type[Objective], ...] = (
     TmdObjective,
 )
 _REQUIRED = ("path", "about", "gradient", "leading_losses", "fake_updates", "method")
+_LOSSES = {"generator_loss": 3, "tracking_loss": 2}
+"""Numbers of arguments that the losses are called with, beside self."""
 _THROUGH = {
     GradientPath.SAMPLE: "nothing: directly",
     GradientPath.FAKE_SCORE: "fake score",
@@ -77,7 +80,8 @@ def load_method(point: EntryPoint, others: Sequence[type[Objective]] = _OWN) -> 
 
     Raises:
         ConfigError: It cannot be imported, is not a dataclass with what `Objective` asks for, has
-            a field that no recipe can hold, or takes the name of a method that there is.
+            a loss that takes other arguments, has a field that no recipe can hold, or takes the
+            name of a method that there is.
     """
     extension = Extension("method", point)
     objective = extension.load("an objective class")
@@ -93,12 +97,31 @@ def load_method(point: EntryPoint, others: Sequence[type[Objective]] = _OWN) -> 
         raise extension.refusal(found, 'for example method: Literal["own"] = "own"')
     if method_name(objective) in {method_name(other) for other in others}:
         raise extension.refusal(f"a second {method_name(objective)}", "a name of its own")
+    for name, count in _LOSSES.items():
+        if (found := _uncallable(objective, name, count)) is not None:
+            raise extension.refusal(found, f"{name} as in sgmd.Objective")
     try:
         TypeAdapter(objective).rebuild(raise_errors=True)
     except Exception as error:
         found = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise extension.refusal(found, "fields that a recipe can hold") from error
     return objective
+
+
+def _uncallable(objective: type[Objective], name: str, count: int) -> str | None:
+    """Returns words on a loss that does not take as many arguments as it is called with."""
+    function = getattr(objective, name, None)
+    if not callable(function):
+        return f"{objective.__name__} without {name}"
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a function that C has written; its call will tell
+        return None
+    try:
+        signature.bind(objective, *range(count))
+    except TypeError:
+        return f"{objective.__name__}.{name}{signature}"
+    return None
 
 
 _FROM_OUTSIDE = load_extensions(ENTRY_POINTS, "an objective", load_method, _OWN)
