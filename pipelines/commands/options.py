@@ -27,7 +27,7 @@ RecipeName = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings, such as objective.lambda_nr=0.05"),
+    typer.Argument(metavar="KEY=VALUE", help="Settings of the recipe, such as output=runs"),
 ]
 
 
