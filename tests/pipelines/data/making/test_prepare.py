@@ -491,7 +491,7 @@ class TestIdentity:
         manifest = tmp_path / "list.jsonl"
         manifest.write_text(json.dumps({"path": f"{source}/odd/odd.mp4", "text": "odd"}) + "\n")
         for columns in (Columns(path="place"), Columns(caption="words")):
-            with pytest.raises(DataError, match=r"the columns path, text; no (place|words)"):
+            with pytest.raises(DataError, match=r"the columns path, text; no column (place|words)"):
                 prepare(str(manifest), str(tmp_path / "set"), replace(HERE, columns=columns))
         options = replace(HERE, columns=Columns(caption="text"))
         report = prepare(str(manifest), str(tmp_path / "set"), options)

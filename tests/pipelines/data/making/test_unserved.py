@@ -209,7 +209,7 @@ def test_a_clip_whose_decoder_hangs_is_rejected(server: S3Server, tmp_path: Path
     [
         ("folder/a.mp4", "a file that is neither a Parquet shard nor a list of captions.*prepare"),
         ("clips.tar", "a file that is neither a Parquet shard nor a list of captions.*prepare"),
-        ("labels.csv", "the columns path, label; no caption or prompt or text"),
+        ("labels.csv", "the columns path, label; no column caption, prompt or text"),
         ("folder", r"no \.parquet file among the 6 there, such as a\.mp4.*prepare"),
         ("nowhere", "no such folder, or no file in it.*Check the address"),
     ],
