@@ -10,6 +10,7 @@ starts the section again; settings given beside it are those of the new method, 
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from pipelines.config.yaml_text import MAX_DEPTH, read_yaml, shortened, yaml_pro
 from sgmd_core.errors import ConfigError
 
 _METHOD = "method"
+_BEGINS_COMMENT = re.compile(r"(^|[\s\[{,])#")
+_IN_QUOTES = "Put a value with a # in quotes inside the shell's: 'name=\"a #1\"'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +67,22 @@ def parse_override(text: str) -> Override:
         read, comment = read_yaml(value), _comment(value)
     except yaml.YAMLError as error:
         found = f"{shortened(repr(value))} after the equals sign ({yaml_problem(error)})"
+        remedy = _IN_QUOTES if _BEGINS_COMMENT.search(value) else remedy
         raise ConfigError(attempted, found, "a YAML value", remedy) from error
     if comment:
         found = f"a comment of YAML, which is left out: {shortened(repr(comment))}"
-        remedy = "Put a value with a # in quotes inside the shell's: 'name=\"a #1\"'"
+        remedy = _IN_QUOTES
         raise ConfigError(attempted, found, "a value that is used as a whole", remedy)
     return Override(key, read)
 
 
 def _comment(text: str) -> str:
-    """Text after the last token of YAML: nobody means a comment in a single setting."""
+    """The first comment of YAML, within lists too: nobody means one in a single setting."""
     tokens = [token for token in yaml.scan(text) if not isinstance(token, yaml.StreamEndToken)]
-    return text[tokens[-1].end_mark.index :].strip()
+    ends = [token.end_mark.index for token in tokens]
+    begins = [token.start_mark.index for token in tokens[1:]] + [len(text)]
+    between = (text[end:begin].strip() for end, begin in zip(ends, begins, strict=True))
+    return next((gap for gap in between if gap.startswith("#")), "")
 
 
 def require_single(overrides: Sequence[Override], attempted: str) -> None:

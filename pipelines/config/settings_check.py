@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -37,6 +37,10 @@ _NO_RING = (
 )
 
 C = TypeVar("C", bound=BaseModel)
+
+# How pydantic names the kinds of value among which a setting chooses.
+_KIND = re.compile(r"(bool|int|float|str|none|constrained-\w+)$|[a-z-]+\[.*\]$", re.DOTALL)
+_EXPECTS = ", expected "
 
 # What YAML writes, in the words of somebody who writes it.
 _EXPECTED = {
@@ -73,13 +77,24 @@ def validate(kind: type[C], settings: Mapping[str, Any], attempted: str) -> C:
     problems += [
         line for line in _all_problems(kind, settings) if line.partition(" is ")[0] not in too_large
     ]
-    problems = list(dict.fromkeys(problems))
+    problems = _as_alternatives(dict.fromkeys(problems))
     if len(problems) == 1:
         found = problems[0]
     else:
         found = f"{len(problems)} settings are wrong:\n  - " + "\n  - ".join(problems)
     remedy = "\n`sgmd recipes show NAME` prints a recipe in which every key is explained"
     raise ConfigError(attempted, found, remedy=remedy)
+
+
+def _as_alternatives(lines: Iterable[str]) -> list[str]:
+    """One line for a setting that may have values of several kinds, with all that are expected."""
+    expected: dict[str, list[str]] = {}
+    for line in lines:
+        found, separator, wanted = line.partition(_EXPECTS)
+        expected.setdefault(found, []).extend([wanted] if separator else [])
+    return [
+        found + _EXPECTS * bool(wanted) + ", or ".join(wanted) for found, wanted in expected.items()
+    ]
 
 
 def _users_in_addresses(settings: Any, key: str = "") -> Iterator[str]:  # noqa: ANN401  (unchecked)
@@ -233,12 +248,15 @@ def _records_in(annotation: Any) -> list[type]:  # noqa: ANN401  (any type expre
 def _written_key(parts: Sequence[str], methods: Mapping[str, set[str]]) -> tuple[str, str]:
     """The dotted key as a recipe has it, and the method whose section it is in, if any.
 
-    pydantic names the method as a level of its own, which no recipe has.
+    pydantic names the method as a level of its own, which no recipe has, and so each kind of value
+    that a setting may have besides others.
     """
     key, method = "", ""
     for part in parts:
         if part in methods.get(key, ()):
             method = part
+        elif _KIND.match(part):
+            continue
         else:
             key = f"{key}.{part}" if key else part
     return key, method
@@ -274,7 +292,12 @@ def _problems(
         case kind:
             found = shortened(json.dumps(detail["input"], ensure_ascii=False))
             said = detail["msg"].removeprefix("Input should be ")
-            return [f"{key} is {found}, expected {_EXPECTED.get(kind, said)}"]
+            wanted = _EXPECTED.get(kind, said)
+            if kind == "too_short":
+                wanted = f"at least {detail.get('ctx', {}).get('min_length')} value"
+            elif kind == "string_type" and detail["input"] is None:
+                wanted = 'text; an empty one is written ""'
+            return [f"{key} is {found}{_EXPECTS}{wanted}"]
 
 
 def _ring_key(key: str, value: object) -> str | None:

@@ -89,9 +89,13 @@ class TestOverrides:
             parse_override(text)
 
     def test_a_comment_that_would_cut_a_value_off_is_refused(self):
-        for text in ("name=a #1", "name=#1", "a.b=[1, 2] # two"):
+        for text in ("name=a #1", "name=#1", "a.b=[1, 2] # two", "a.b=[1, 2 # two\n]"):
             with pytest.raises(ConfigError, match=r"a comment of YAML.*#"):
                 parse_override(text)
+        for text in ("a.b=[a #1, b]", "a.b={c: d #1}", "a.b=[#1]"):
+            with pytest.raises(ConfigError, match=r"Put a value with a # in quotes"):
+                parse_override(text)
+        assert parse_override('a.b=["a #1", b#2]').value == ["a #1", "b#2"]
         assert parse_override('name="a #1"').value == "a #1"
         assert parse_override("data.train=s3://b/p#1").value == "s3://b/p#1"
         assert parse_override("name=").value is None
@@ -393,6 +397,12 @@ class TestRefusals:
             ("name=a/b", 'name is "a/b", expected letters'),
             ("video=3", "video is 3, expected a section"),
             ("model=~", "model is null, expected a section"),
+            (
+                "generator.compute.checkpointing=yes",
+                "compute.checkpointing is \"yes\", expected true or false, or 'selective' or",
+            ),
+            ("model.negative_prompt=", 'is null, expected text; an empty one is written ""'),
+            ("topology.pools={}", "topology.pools is {}, expected at least 1 value"),
             ("topology.mode=ray", "expected 'map', 'pools', 'fused' or 'local'"),
             ("iterations=0", "iterations is 0, expected greater than or equal to 1"),
             ("objective.lambda_nr=-1", "objective: lambda_nr is -1.0"),
