@@ -259,6 +259,8 @@ def _no_clip(
     else:
         expected = "video files with captions beside them, or tars of them"
         remedy = "Check the address; videos and tars are found at any depth below it"
+        if any(PurePosixPath(each.example).suffix == ".parquet" for each in skipped.kinds):
+            remedy = "Parquet files with videos in them are a set already: see `sgmd check SRC`"
     return DataError(
         f"preparing {src}",
         "; ".join([found, *(kind.in_words() for kind in skipped.kinds)]),

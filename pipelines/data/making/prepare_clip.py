@@ -239,7 +239,7 @@ def _read(place: FileRange, max_bytes: int, missing: Reason, s3: S3Settings) -> 
         if kind not in ("", "a file"):
             # A pipe would be waited for, and a device has no end.
             raise _BadClip(missing, f"{place.url} is {kind}, not a file")
-        filesystem, path = open_folder(place.url, s3, probe=False)
+        filesystem, path = open_folder(place.url, s3, probe=False, from_web=True)
         with data_errors(f"reading {place.url}"), filesystem.open(path, "rb") as file:
             file.seek(place.offset)
             data = cast("bytes", file.read(wanted))

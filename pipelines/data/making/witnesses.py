@@ -7,6 +7,7 @@ read fails -> Unserved -> can others of its server be read? -> yes: one Rejectio
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from cluster.s3.settings import S3Settings
 from pipelines.data.making.prepare_clip import PreparedClip
@@ -86,8 +87,9 @@ class Witnesses:
         read = self._read.get(_server_of(bad))
         others = [read] if read is not None and read != bad else self._others(bad)
         try:
-            filesystem, _ = open_folder(bad.url, self.s3, probe=False)
-            paths = [(open_folder(one.url, self.s3, probe=False)[1], one.offset) for one in others]
+            opened = partial(open_folder, s3=self.s3, probe=False, from_web=True)
+            filesystem, _ = opened(bad.url)
+            paths = [(opened(one.url)[1], one.offset) for one in others]
         except DataError:  # The address itself is wrong, and stands in the error of the clip.
             return False
         ranges = [Range(path, offset, offset + 1) for path, offset in paths]

@@ -32,6 +32,7 @@ from cluster.storage_errors import disk_remedy, with_room
 from sgmd_core.errors import DataError
 
 _LOCAL = ("file", "local")
+_WEB = ("http://", "https://")
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _STORAGE_ERRORS = (
     OSError,
@@ -43,7 +44,7 @@ _STORAGE_ERRORS = (
 
 
 def open_folder(
-    url: str, s3: S3Settings = S3Settings(), *, probe: bool = True
+    url: str, s3: S3Settings = S3Settings(), *, probe: bool = True, from_web: bool = False
 ) -> tuple[AbstractFileSystem, str]:
     """Opens a folder of data.
 
@@ -52,6 +53,7 @@ def open_folder(
         s3: How to speak to the server, where there is one.
         probe: Ask the server for one key of the folder. Leave it out where many processes open the
             same folder.
+        from_web: Take http:// and https:// too, of single files; no folder can be listed there.
 
     Returns:
         The file system and the folder's path in it, without a protocol or a slash at the end.
@@ -64,6 +66,13 @@ def open_folder(
     if fault := _fault_of_address(url):
         expected = "a local path or s3://bucket/prefix, of a file or folder"
         raise DataError(attempted, fault, expected, "Correct the address")
+    if not from_web and url.startswith(_WEB):
+        raise DataError(
+            attempted,
+            "an address of the web, which is read for single videos that a manifest names",
+            "a local path or s3://bucket/prefix",
+            "Download it; of an S3 server, name it in AWS_ENDPOINT_URL and give s3://bucket/prefix",
+        )
     try:
         filesystem, root = _open(url, s3)
     except (ImportError, ValueError, OSError) as error:

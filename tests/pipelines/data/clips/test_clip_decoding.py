@@ -217,6 +217,7 @@ class TestBadBytes:
             (b"", ClipFault.UNDECODABLE),
             (b"not a video at all" * 20, ClipFault.UNDECODABLE),
             (real_clips()["bikes.mp4"].read_bytes()[:200_000], ClipFault.UNDECODABLE),
+            (video_file(grey_frames(TEN_LEVELS))[:-200], ClipFault.NO_FRAMES),
             (sound_file(), ClipFault.NO_FRAMES),
             # A codec that FFmpeg does not know.
             (video_file(grey_frames([40])).replace(b"avc1", b"zzzz"), ClipFault.UNDECODABLE),
@@ -230,7 +231,7 @@ class TestBadBytes:
                 ClipFault.NO_FRAMES,
             ),
         ],
-        ids=["empty", "text", "cut short", "sound alone", "unknown codec", "no frame"],
+        ids=["empty", "text", "cut", "cut index", "sound alone", "unknown codec", "no frame"],
     )
     @pytest.mark.parametrize("read", [read_facts, read_first_frame])
     def test_the_reason_is_told(self, read, data, fault):

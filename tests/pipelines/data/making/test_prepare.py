@@ -14,6 +14,7 @@ from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
@@ -497,6 +498,14 @@ class TestIdentity:
         report = prepare(str(manifest), str(tmp_path / "set"), options)
         assert (report.num_clips, report.rejected) == (1, {})
         assert quarantine(tmp_path / "set") == {}
+
+
+def test_a_folder_of_tables_with_videos_is_named_a_set(tmp_path):
+    videos = [{"bytes": video_file(grey_frames([50, 100])), "path": "a.mp4"}]
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.table({"video": videos, "text": ["a"]}), tmp_path / "hub" / "train.parquet")
+    with pytest.raises(DataError, match=r"a set already: see `sgmd check SRC`"):
+        prepare(str(tmp_path / "hub"), str(tmp_path / "set"), HERE)
 
 
 class TestResuming:

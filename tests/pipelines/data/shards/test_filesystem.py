@@ -113,6 +113,13 @@ def test_an_address_of_an_unknown_kind_is_told() -> None:
         open_folder("ftpx://somewhere/set")
 
 
+@pytest.mark.parametrize("url", ["https://127.0.0.1:9/set", "http://127.0.0.1:9/list.csv"])
+def test_an_address_of_the_web_is_refused_before_it_is_asked(url: str) -> None:
+    with pytest.raises(DataError, match=r"an address of the web.*AWS_ENDPOINT_URL"):
+        open_folder(url)
+    assert open_folder(url, from_web=True)[1] == url
+
+
 def test_keys_are_blotted_out_of_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     assert (
