@@ -453,7 +453,7 @@ class TestFiles:
         threads = torch.get_num_threads()
         schedule = FlowMatchSchedule()
         settings = GeneratorSettings(lora=LORA)
-        own = build_evaluator(model, VIDEO, schedule, threads, generator=settings)
+        own = build_evaluator(model, VIDEO, schedule, threads, weights=settings)
         whole = build_evaluator(model, VIDEO, schedule, threads)
         merged = merged_weights(folder, adapters, LORA)
         asked = (["a red circle"], 0, SEED, 2, 1.0)

@@ -24,7 +24,7 @@ from tests.helpers.tiny_wan import (
     write_tiny_wan,
 )
 from workers.compute import prepare_network
-from workers.evaluator import Evaluator
+from workers.evaluator import Evaluator, SampledNetworks
 from workers.models.families import family_of
 from workers.models.family import TransitionDenoiser
 from workers.models.flow_head import FlowHead, with_first_weights
@@ -144,7 +144,8 @@ class TestTheFlow:
                 raise NotImplementedError
 
         network, weights = trained(), dict(untrained().named_parameters())
-        evaluator = Evaluator(network, Text(), None, FlowMatchSchedule(), LATENT_SHAPE)  # pyright: ignore[reportArgumentType]
+        networks = SampledNetworks(network)
+        evaluator = Evaluator(networks, Text(), None, FlowMatchSchedule(), LATENT_SHAPE)  # pyright: ignore[reportArgumentType]
         x_t, _, text = inputs()
         for given, model in ((None, trained()), (weights, untrained())):
             with evaluator._model(given) as sampled:  # pyright: ignore[reportPrivateUsage]

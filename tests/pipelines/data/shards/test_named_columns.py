@@ -75,7 +75,7 @@ def test_prepare_refuses_them_in_every_manifest(place: Path, name: str, option: 
     names = {"path": "file", "caption": "text", "id": "Key", option: "files"}
     options = [part for key, value in names.items() for part in (f"--{key}-column", value)]
     found = refused("prepare", place / name, place / "out", *options)
-    assert "the columns Key, text, file; no files" in found
+    assert "the columns Key, text, file; no column files" in found
     assert "Nearest: file for files" in found
     assert not (place / "out").exists()
 
