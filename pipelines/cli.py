@@ -49,6 +49,16 @@ _NOT_OURS: tuple[type[BaseException], ...] = (
 class _TeachingGroup(PlainGroup):
     """Shows errors in words; `--debug` lets the traceback through."""
 
+    def make_context(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+        try:
+            return super().make_context(*args, **options)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            # Of help and version, which are shown before a command begins.
+            shown = sys.argv[1] if sys.argv[1:] else "--help"
+            raise typer.Exit(report_failure(error, shown, sys.argv[1:])) from None
+
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
         stops: CommandStops = ctx.obj or CommandStops()
         stops.is_working = True
@@ -138,9 +148,6 @@ def main() -> None:
             typer.echo(words, err=True)
         stops.exit_code = end.code if isinstance(end.code, int) else int(bool(words))
         leave_process(stops.exit_code, is_whole=not stops.received)
-    except OSError as error:
-        # Of the help and the version, which are shown before a command begins.
-        sys.exit(report_failure(error, sys.argv[1], sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def test_an_error_that_nobody_can_be_told_keeps_its_exit_code(streams: str):
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("wanted", ["--help", "--version", "plan --help"])
+@pytest.mark.parametrize("wanted", ["", "--help", "--version", "plan --help"])
 @pytest.mark.slow
 def test_help_that_a_full_disk_does_not_take_is_an_error_in_words(wanted: str):
     done = subprocess.run(
@@ -187,6 +187,21 @@ def test_help_that_a_full_disk_does_not_take_is_an_error_in_words(wanted: str):
     assert done.returncode == 1
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_error_of_the_system_keeps_its_traceback_where_it_is_asked_for():
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m pipelines.cli --debug recipes schema >/dev/full'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "No space left on device" in done.stderr
 
 
 @pytest.mark.slow
