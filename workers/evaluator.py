@@ -142,7 +142,8 @@ class Evaluator:
         chunk_clips: int = CHUNK_CLIPS,
         captions_network: nn.Module | None = None,
     ) -> None:
-        self._other = (networks.adapted or networks.base).eval()
+        adapted = networks.adapted
+        self._other = (networks.base if adapted is None else adapted).eval()
         # Frozen ones stay: the base of adapters, and an expert that was not trained.
         self._replaced = parameters_of(self._other)
         self._network = networks.base.eval().requires_grad_(False)

@@ -71,8 +71,7 @@ def parse_override(text: str) -> Override:
         raise ConfigError(attempted, found, "a YAML value", remedy) from error
     if comment:
         found = f"a comment of YAML, which is left out: {shortened(repr(comment))}"
-        remedy = _IN_QUOTES
-        raise ConfigError(attempted, found, "a value that is used as a whole", remedy)
+        raise ConfigError(attempted, found, "a value that is used as a whole", _IN_QUOTES)
     return Override(key, read)
 
 
