@@ -30,6 +30,7 @@ from tests.helpers.forked_python import (
     kept_environment,
     share_forked_python,
     starting_forks,
+    take_interpreter,
 )
 from tests.helpers.remembered_checks import remember_checks
 from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3, use_server
@@ -54,11 +55,12 @@ _HEAD_START_TIMEOUT_S = 180.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Has one server for all processes of tests that are side by side, and ends these early."""
+    """Forks processes of tests side by side off one that has its libraries; ends these early."""
     if hasattr(config, "workerinput"):
+        take_interpreter()
         end_without_clearing()
-    elif getattr(config.option, "numprocesses", None):
-        share_forked_python()
+    elif processes := getattr(config.option, "numprocesses", None):
+        config.option.tx = [f"popen//python={share_forked_python()}"] * processes
 
 
 @pytest.hookimpl(wrapper=True)

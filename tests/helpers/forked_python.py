@@ -40,7 +40,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-PYTHON = sys.executable
+_INTERPRETER = "SGMD_TESTS_INTERPRETER"
+PYTHON = os.environ.get(_INTERPRETER, sys.executable)
 """The interpreter itself, for what must not be forked."""
 _CLIENT = Path(__file__).with_name("forked_client.py")
 _LIBRARIES = (
@@ -95,6 +96,19 @@ _OF_RAY = (
     "ray.autoscaler._private.monitor",
     "ray.autoscaler.v2.monitor",
 )
+_OF_TESTS = (
+    "beartype",
+    "jaxtyping",
+    "moto.s3.responses",
+    "moto.server",
+    "optuna",
+    "playwright.sync_api",
+    "rich.markdown",
+    "torch.utils.tensorboard",
+    "wandb",
+)
+_EXECNET = "import sys;exec(eval(sys.stdin.readline()))"
+"""Code that execnet, and so pytest-xdist, starts its processes with: they import all tests."""
 _USES_RAY = ("ray.scripts.scripts", "pipelines.cli", "pipelines.submitting.in_job")
 """Modules that are run and import Ray, always or for most commands, besides Ray's scripts."""
 _OF_ONE_PROCESS = {
@@ -180,9 +194,17 @@ def listener_for(executable: Path, interpreter: str = PYTHON) -> socket.socket:
     return listener
 
 
-def share_forked_python() -> None:
-    """Lets the processes that this one will start share the server, which costs nothing unused."""
+def share_forked_python() -> str:
+    """Lets the processes that this one will start share the server; returns the executable."""
+    os.environ[_INTERPRETER] = PYTHON
     os.environ[_SHARED] = forked_python()
+    return forked_python()
+
+
+def take_interpreter() -> None:
+    """Has a forked process of tests start new interpreters, as one that was not forked does."""
+    sys.executable = PYTHON
+    multiprocessing.set_executable(PYTHON)
 
 
 @contextmanager
@@ -299,7 +321,7 @@ class _Server:
                 server = self._with_settings(_settings_of_ray(request["environment"]))
                 if server is not None:
                     _send(server, body, [client.fileno(), *files])
-            elif self._fork(client):
+            elif self._fork(client, is_of_tests=_EXECNET in request["start"]):
                 request["received"] = files
                 if self._with_ray:
                     # As Ray leaves it when it is imported.
@@ -313,9 +335,11 @@ class _Server:
             os.close(file)
         return None
 
-    def _fork(self, client: socket.socket) -> bool:
+    def _fork(self, client: socket.socket, *, is_of_tests: bool) -> bool:
         """Returns True in the fork, and False in the server."""
         client.sendall(b"+")
+        if is_of_tests:
+            _import(_OF_TESTS)
         pid = os.fork()
         if pid == 0:
             self._close()
@@ -404,6 +428,8 @@ def _uses_ray(start: Sequence[str]) -> bool:
     Not for its workers: when it is imported, Ray reads which job and which raylet they belong to.
     """
     how, *rest = [word for word in start if word not in ("-P", "-u")]
+    if how == "-c":
+        return rest[0] == _EXECNET
     if how == "-m":
         return rest[0] in _USES_RAY
     return "/site-packages/ray/" in how and not how.endswith("_worker.py")
