@@ -13,7 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from urllib.error import HTTPError
@@ -215,6 +215,8 @@ def ray_cluster(ray_folder: Path, s3_access: S3Access) -> Iterator[None]:
         # Ray's processes keep the environment in which Ray was started.
         for name, value in s3_access.environment.items():
             patch.setenv(name, value)
+        # Ray keeps a worker for each core, at a hundredth of a core each.
+        patch.setenv("RAY_num_workers_soft_limit", "0")
         patch.setattr(sys, "executable", forked_python())
         stack.enter_context(
             start_ray(
@@ -227,6 +229,21 @@ def ray_cluster(ray_folder: Path, s3_access: S3Access) -> Iterator[None]:
         )
         patch.undo()
         yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Ends with a file what libraries of Ray keep for a next data set or training.
+
+    These are actors with names, and are found or made by name; one takes a hundredth of a core.
+    """
+    yield
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized() or (nextitem and nextitem.path == item.path):
+        return
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        with suppress(ValueError):  # It has ended by itself.
+            ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from cluster.worker_group import WorkerGroup
 from tests.cluster.toys import WAIT_S, Toy, make_toy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_groups(ray_cluster: None) -> Iterator[Mapping[str, WorkerGroup[Toy]]]:
     """`first` with two ranks and `second` with one."""
     from cluster.ray.group import RayWorkerGroup

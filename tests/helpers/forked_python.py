@@ -117,6 +117,8 @@ _OF_ONE_PROCESS = {
     *("RAY_LD_PRELOAD_ON_WORKERS", "RAY_IGNORE_UNHANDLED_ERRORS", "RAY_TMPDIR"),
 }
 """Variables of Ray that are no settings: it reads them when they are used, or in its workers."""
+_RARELY = {"REPORTER_UPDATE_INTERVAL_MS": "3600000", "METRICS_RECORD_INTERVAL_S": "3600"}
+"""Settings of Ray's agents and dashboard, which look at all their processes every few seconds."""
 _SHARED = "SGMD_TESTS_FORKED_PYTHON"
 _AGENTS = ("dashboard/agent.py", "runtime_env/agent/main.py")
 """Ends of the paths of Ray's agents."""
@@ -364,6 +366,7 @@ class _Server:
                 for name in [name for name in os.environ if name.startswith("RAY_")]:
                     del os.environ[name]
                 os.environ.update(settings)
+                os.environ.update(_RARELY)
                 _import(_OF_RAY)
                 self._serve_at(far, with_ray=True)
                 return None
