@@ -44,8 +44,8 @@ def test_a_run_whose_output_nobody_takes_any_more_saves_its_state(
         stdout=writer,
         stderr=writer,
         start_new_session=True,
-        # Tests that run in the background of a shell ignore it, and their children would.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # Tests in the background of a shell ignore SIGINT, and after nohup SIGHUP.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     os.close(writer)
     while not (reached := len(read_jsonl(metrics))):
