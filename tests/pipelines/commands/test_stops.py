@@ -15,6 +15,7 @@ from pipelines.cli import app
 from pipelines.commands.stops import CommandStops, take_stops
 from pipelines.run.stopping import STOP_SIGNALS, StopNow, StopRequests
 from tests.e2e.processes import ROOT
+from tests.helpers.forked_python import forked_python
 
 SWALLOWING = """
 import signal
@@ -108,6 +109,7 @@ def test_what_ends_a_command_after_a_stop_is_the_stop():
     assert "Traceback" in with_traceback.stderr
 
 
+@pytest.mark.usefixtures("forked_libraries")
 @pytest.mark.slow
 def test_words_that_a_library_ends_the_process_with_are_shown():
     program = (
@@ -159,6 +161,8 @@ def test_where_nothing_is_left_to_clean_a_signal_ends_the_process_at_once(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("forked_libraries")
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", ["2>/dev/full", "2>&1 >/dev/null | true"])
 def test_an_error_that_nobody_can_be_told_keeps_its_exit_code(streams: str):
     done = subprocess.run(
@@ -189,6 +193,7 @@ def test_help_that_a_full_disk_does_not_take_is_an_error_in_words(wanted: str):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("forked_libraries")
 @pytest.mark.slow
 def test_an_error_of_the_system_keeps_its_traceback_where_it_is_asked_for():
     done = subprocess.run(
@@ -204,6 +209,7 @@ def test_an_error_of_the_system_keeps_its_traceback_where_it_is_asked_for():
     assert "No space left on device" in done.stderr
 
 
+@pytest.mark.usefixtures("forked_libraries")
 @pytest.mark.slow
 def test_a_terminal_that_says_it_has_no_width_gets_the_usual_one():
     done = subprocess.run(
@@ -233,6 +239,8 @@ def test_a_terminal_that_says_it_has_no_width_gets_the_usual_one():
 def test_a_command_ends_by_its_own_code_and_runs_what_is_registered(
     streams: str, code: int, said: str, tmp_path: Path
 ):
+    # What is forked has streams, open or closed, that its server had.
+    python = sys.executable if "<&-" in streams else forked_python()
     ended = tmp_path / "ended"
     program = (
         "import atexit, json, multiprocessing, pathlib, sys, threading, time; "
@@ -244,7 +252,7 @@ def test_a_command_ends_by_its_own_code_and_runs_what_is_registered(
         "sys.argv[1:] = ['recipes', 'list', '--json']; main()"
     )
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f'"{sys.executable}" -c "{program}" {streams}'],
+        ["bash", "-o", "pipefail", "-c", f'"{python}" -c "{program}" {streams}'],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
