@@ -70,10 +70,16 @@ def test_a_run_that_is_measured_has_the_bits_of_one_that_is_not(
     # Nothing but the figures was added, and every weight and moment is the same.
     assert without_lag(history(beside)) == history(calm)
     assert state(beside, 5) == state(calm, 5)
-    # Depth and micro-batches in flight change no draw of it either.
+
+
+@pytest.mark.slow
+def test_the_number_of_micro_batches_in_flight_changes_no_lag(
+    make_recipe: MakeRecipe, measured: Callable[[str], DistillConfig]
+) -> None:
+    mode = "fake_score.tracking=shared"
     split = make_recipe("name=split", mode, *MEASURED, "topology.depth=1")
     distill(split)
-    assert lags(history(split)) == found
+    assert lags(history(split)) == lags(history(measured(mode)))
 
 
 @pytest.mark.slow

@@ -41,7 +41,6 @@ LEARNERS_TOGETHER = [
     f"topology.pools={{both: {{{POOL}}}, frozen: {{{POOL}}}}}",
     "topology.roles={generator: both, fake_score: both, teacher: frozen}",
 ]
-PLACEMENTS = {"fused": ["topology.mode=fused"], "pools": ["topology.mode=pools"], "map": TWO}
 
 BY_FOUR = ["iterations=2", "checkpoint.every=1", "batch={size: 4, micro_batches: 4}"]
 MIXED = [*MODES["dmd2"], *BATCH, "iterations=2", "fake_score.ida_decay=0.5"]
@@ -87,20 +86,20 @@ def test_one_rank_a_pool_makes_the_bits_of_one_process(
         assert {"teacher[0]", "teacher[1]"} <= used
 
 
+@pytest.mark.parametrize("layout", [["topology.mode=fused"], TWO], ids=["fused", "map"])
 def test_one_walk_back_makes_the_bits_of_two_wherever_roles_live(
-    make_recipe: MakeRecipe, one_process: Reference
+    make_recipe: MakeRecipe, one_process: Reference, layout: list[str]
 ) -> None:
     mode = "sgmd-shared-released"
     local = one_process(mode)
     joint = ["fake_score.walk=joint", "fake_score.compute.checkpointing=true"]
-    for name, layout in PLACEMENTS.items():
-        placed = make_recipe(f"name={name}", *BY_FOUR, *MODES[mode], *joint, *layout)
-        distill(placed)
-        assert history(placed) == history(local), name
-        assert state(placed, 2) == state(local, 2), name
+    placed = make_recipe("name=placed", *BY_FOUR, *MODES[mode], *joint, *layout)
+    distill(placed)
+    assert history(placed) == history(local)
+    assert state(placed, 2) == state(local, 2)
 
 
-def test_pdmd_makes_the_bits_of_one_process_in_every_placement(make_recipe: MakeRecipe) -> None:
+def test_pdmd_makes_the_bits_of_one_process_in_pools(make_recipe: MakeRecipe) -> None:
     settings = [*MODES["pdmd"], "iterations=2"]
     local = make_recipe("name=local", *settings)
     plain = make_recipe("name=plain", *settings, "objective.method=dmd")
@@ -108,11 +107,10 @@ def test_pdmd_makes_the_bits_of_one_process_in_every_placement(make_recipe: Make
     distill(plain)
     # What is projected out goes from the fake score's answer into the generator's gradient.
     assert_moves(moments(local, 2), moments(plain, 2))
-    for name, layout in PLACEMENTS.items():
-        placed = make_recipe(f"name={name}", *settings, *layout)
-        distill(placed)
-        assert history(placed) == history(local), name
-        assert state(placed, 2) == state(local, 2), name
+    pools = make_recipe("name=pools", *settings, "topology.mode=pools")
+    distill(pools)
+    assert history(pools) == history(local)
+    assert state(pools, 2) == state(local, 2)
 
 
 def test_pools_of_unequal_ranks_share_the_teachers_calls(

@@ -118,24 +118,22 @@ def calm(module_recipe: MakeRecipe) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize(
-    "topology",
+    ("topology", "victims"),
     [
-        ("topology.mode=pools", "recovery.snapshot_share=0.5"),
-        ("topology.mode=map", "recovery.snapshot_share=0"),
+        (
+            ("topology.mode=pools", "recovery.snapshot_share=0.5"),
+            ("teacher", "generator", "fake_score", "text", "feed", "validator"),
+        ),
+        # Text, feed and validator are on no pool: that they are lost is the case above.
+        (("topology.mode=map", "recovery.snapshot_share=0"), ("generator", "fake_score")),
     ],
     ids=["pools, copies in memory", "shared processes, checkpoints"],
 )
-def test_every_process_may_be_killed(calm, make_recipe, monkeypatch, topology, capfd) -> None:
+def test_every_process_may_be_killed(
+    calm, make_recipe, monkeypatch, topology, victims, capfd
+) -> None:
     config = make_recipe("name=stormy", *COMMON, *topology, "recovery.backoff_s=0")
-    victims = {
-        0: "teacher",
-        1: "generator",
-        2: "fake_score",
-        3: "text",
-        4: "feed",
-        5: "validator",
-    }
-    distilled(config, victims, monkeypatch)
+    distilled(config, dict(enumerate(victims)), monkeypatch)
     found, expected = state_of(config), dict(calm)
     # While two validations wait, a further one is left out; a slow repair makes several wait.
     judged, in_calm = found.pop("validation"), expected.pop("validation")
@@ -144,9 +142,11 @@ def test_every_process_may_be_killed(calm, make_recipe, monkeypatch, topology, c
     assert_same(found, expected)
     events = read_jsonl(RunFolder(config.run_folder).events)
     died = [event for event in events if event["kind"] == "worker_died"]
-    assert {event["role"] for event in died} >= {"generator", "fake_score", "text", "feed"}
+    # A teacher or validator that is not needed again may be lost unnoticed.
+    certain = {*victims} - {"teacher", "validator"}
+    assert {event["role"] for event in died} >= certain
     recovered = [event for event in events if event["kind"] == "recovered"]
-    assert len(recovered) == len(died) >= 4
+    assert len(recovered) == len(died) >= len(certain)
     assert all(event["lost_s"] > 0 for event in recovered)
     # A command's JSON is on standard output.
     assert "(raylet)" not in capfd.readouterr().out
