@@ -80,7 +80,7 @@ def test_sizes_may_not_change_when_a_run_is_resumed(make_recipe: MakeRecipe) -> 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_sizes_that_mix_make_the_bits_of_one_process_in_pools_and_fused(
+def test_sizes_that_mix_make_the_bits_of_one_process_in_pools(
     make_recipe: MakeRecipe, ray_cluster: None
 ) -> None:
     settings = [*MODES["sgmd-fresh-released"], SEED, SIZES, "iterations=3"]
@@ -90,11 +90,10 @@ def test_sizes_that_mix_make_the_bits_of_one_process_in_pools_and_fused(
     distill(one_size)
     assert_moves(moments(local, 3), moments(one_size, 3))
     assert len(set(labels(local))) == 3
-    for mode in ("pools", "fused"):
-        placed = make_recipe(f"name={mode}", f"topology.mode={mode}", *settings)
-        distill(placed)
-        assert history(placed) == history(local), mode
-        assert state(placed, 3) == state(local, 3), mode
+    pools = make_recipe("name=pools", "topology.mode=pools", *settings)
+    distill(pools)
+    assert history(pools) == history(local)
+    assert state(pools, 3) == state(local, 3)
 
 
 @pytest.mark.slow
