@@ -59,8 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         take_interpreter()
         end_without_clearing()
-    elif processes := getattr(config.option, "numprocesses", None):
-        config.option.tx = [f"popen//python={share_forked_python()}"] * processes
+    elif getattr(config.option, "numprocesses", None):
+        config.option.tx = [f"popen//python={share_forked_python()}"] * len(config.option.tx)
 
 
 @pytest.hookimpl(wrapper=True)
