@@ -15,7 +15,7 @@ from pipelines.shapes import ClipSplit, captions
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import history, moments, state
-from tests.e2e.test_maps import PLACEMENTS
+from tests.e2e.test_maps import TWO
 from tests.helpers.moves import assert_moves
 from tests.helpers.tiny_wan import write_tiny_experts
 
@@ -107,12 +107,11 @@ def test_phases_on_ray_make_the_bits_of_one_process(
 ) -> None:
     settings = [f"model.folder={folder}", "iterations=2", *SETTINGS, DIVERSITY]
     local = make_recipe("name=local", *settings)
-    placed = [
-        make_recipe(f"name={name}", *settings, *layout) for name, layout in PLACEMENTS.items()
-    ]
-    for config in (local, *placed):
+    pools = make_recipe("name=pools", *settings, "topology.mode=pools")
+    mapped = make_recipe("name=map", *settings, *TWO)
+    for config in (local, pools, mapped):
         distill(config)
     assert_moves(moments(local, 2), {key: 0 * value for key, value in moments(local, 2).items()})
-    for config in placed:
+    for config in (pools, mapped):
         assert history(config) == history(local)
         assert state(config, 2) == state(local, 2)
