@@ -237,11 +237,11 @@ def test_the_size_of_the_cache_changes_no_bit(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("mode", ["sgmd-shared-released", "dmd2"])
 def test_a_sample_that_is_not_a_number_on_one_rank_of_two_is_skipped_by_all_or_stops_the_run(
-    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
+    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path, mode: str
 ) -> None:
     """No rank raises, or the other one would wait for it: NaN reaches the gradient of both."""
-    mode = "sgmd-shared-released"
     healthy = make_recipe("name=healthy", f"data.train={encoded}", *MODES[mode])
     distill(healthy)
     used = [entry.sample_ids for entry in Ledger(RunFolder(healthy.run_folder).ledger).entries()]

@@ -63,7 +63,7 @@ def test_frozen_processes_are_named_and_replaced(make_recipe: MakeRecipe) -> Non
     config = make_recipe(
         "topology.mode=pools", f"topology.watch_s={WATCH_S}", "iterations=8", "validation.every=2"
     )
-    victims = {1: "teacher", 3: "feed", 5: "validator"}
+    victims = {1: "generator", 3: "feed", 5: "validator"}
     freezer = Freezer(victims, frozenset({"feed", "validator"}))
     distill(config, observer=freezer)
     assert [role for role, _ in freezer.found] == list(victims.values())
