@@ -25,7 +25,7 @@ import typer.testing
 # Sets what Ray reads when it is imported, which is before this package in a forked process.
 import cluster  # noqa: F401
 
-# The first, as it has to come before all that register something for the end of the process.
+# Before all that registers something for the end of the process.
 from tests.helpers.ending import end_without_clearing
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, serve_faulty
 from tests.helpers.forked_python import (

@@ -113,12 +113,12 @@ def test_roles_on_ray_make_the_bits_that_one_process_makes(
 def test_fused_roles_make_the_bits_of_one_process(
     make_recipe: MakeRecipe, reference: Reference, ray_cluster: None
 ) -> None:
-    # With the most stages of a rollout, whose results stay in the process.
-    mode = "sid"
-    fused = make_recipe("name=fused", "topology.mode=fused", *WHOLE, *MODES[mode])
+    # SGMD is in `test_maps`.
+    local = reference("sid")
+    fused = make_recipe("name=fused", "topology.mode=fused", *WHOLE, *MODES["sid"])
     distill(fused)
-    assert history(fused) == history(reference(mode))
-    assert state(fused, 4) == state(reference(mode), 4)
+    assert history(fused) == history(local)
+    assert state(fused, 4) == state(local, 4)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,14 +29,6 @@ from tests.helpers import tiny_wan
 from tests.helpers.secrets import files_with, plant
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unmeasured() -> Iterator[None]:
-    """A dashboard that does not add up the memory of its own processes every five seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METRICS_RECORD_INTERVAL_S", "3600")
-        yield
 
 
 def test_a_submitted_job_distils_and_leaves_its_run_behind(

@@ -124,7 +124,7 @@ def calm(module_recipe: MakeRecipe) -> dict[str, dict]:
             ("topology.mode=pools", "recovery.snapshot_share=0.5"),
             ("teacher", "generator", "fake_score", "text", "feed", "validator"),
         ),
-        # Text, feed and validator are on no pool: that they are lost is the case above.
+        # Text, feed and validator are on no pool; the case above loses them.
         (("topology.mode=map", "recovery.snapshot_share=0"), ("generator", "fake_score")),
     ],
     ids=["pools, copies in memory", "shared processes, checkpoints"],

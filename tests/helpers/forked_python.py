@@ -39,6 +39,7 @@ from select import select
 from typing import Any, NoReturn
 
 import psutil
+from execnet.gateway_io import popen_bootstrapline
 
 _INTERPRETER = "SGMD_TESTS_INTERPRETER"
 PYTHON = os.environ.get(_INTERPRETER, sys.executable)
@@ -107,8 +108,7 @@ _OF_TESTS = (
     "torch.utils.tensorboard",
     "wandb",
 )
-_EXECNET = "import sys;exec(eval(sys.stdin.readline()))"
-"""Code that execnet, and so pytest-xdist, starts its processes with: they import all tests."""
+"""Of processes of pytest-xdist, which import all tests."""
 _USES_RAY = ("ray.scripts.scripts", "pipelines.cli", "pipelines.submitting.in_job")
 """Modules that are run and import Ray, always or for most commands, besides Ray's scripts."""
 _OF_ONE_PROCESS = {
@@ -323,7 +323,7 @@ class _Server:
                 server = self._with_settings(_settings_of_ray(request["environment"]))
                 if server is not None:
                     _send(server, body, [client.fileno(), *files])
-            elif self._fork(client, is_of_tests=_EXECNET in request["start"]):
+            elif self._fork(client, is_of_tests=popen_bootstrapline in request["start"]):
                 request["received"] = files
                 if self._with_ray:
                     # As Ray leaves it when it is imported.
@@ -432,7 +432,7 @@ def _uses_ray(start: Sequence[str]) -> bool:
     """
     how, *rest = [word for word in start if word not in ("-P", "-u")]
     if how == "-c":
-        return rest[0] == _EXECNET
+        return rest[0] == popen_bootstrapline  # A process of pytest-xdist.
     if how == "-m":
         return rest[0] in _USES_RAY
     return "/site-packages/ray/" in how and not how.endswith("_worker.py")

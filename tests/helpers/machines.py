@@ -131,8 +131,6 @@ class Machines:
         inside = [space, str(self.files(name)), str(self.disk), *command]
         environment = {**os.environ, **self.environment, **variables}
         environment |= {"XDG_CACHE_HOME": str(self.disk / "cache")}
-        # Else the dashboard adds up the memory of its own processes every five seconds.
-        environment |= {"METRICS_RECORD_INTERVAL_S": "3600"}
         environment |= {"PATH": f"{python.parent}:{os.environ['PATH']}"}
         environment.pop("RAY_ADDRESS", None)
         with (self._root / f"{name}.log").open("w") as log:

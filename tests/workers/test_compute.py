@@ -207,8 +207,8 @@ class TestAttention:
 @pytest.mark.parametrize("checkpointing", [False, True, "offload"])
 def test_compiled_layers_make_the_same_gradients(plain, checkpointing):
     roles = tiny_roles()
-    # Both walks go through the fake score, the generator's to its input. A compiler makes fifteen
-    # libraries of each network, at a second or two each, where none are kept.
+    # Both walks go through the fake score, the generator's to its input. A compiler makes some
+    # twenty libraries for it, at a second or two each, where none are kept.
     settings = ComputeSettings(compile=True, checkpointing=checkpointing)
     prepare_network(roles.networks["fake_score"], settings)
     found = gathered(roles)
